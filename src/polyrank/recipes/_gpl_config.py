@@ -44,8 +44,10 @@ class LabelSettings:
     Attributes:
         retrievers: encoders (hub ids, folders, "minilm") and "bm25"; None: the student before training, and bm25.
         negatives: of each retriever and query.
-        pairs: source: the query's own document against a negative (GPL); retrieved: two negatives; None: retrieved
-            where all queries are cut out of their documents and the teacher is fusion, which counts words.
+        pairs: source: the query's own document against a negative (GPL); retrieved: two negatives; all: every pair
+            of the query's mined documents; None: all where all queries are cut out of their documents and the teacher
+            is fusion, which counts words, else source.
+        documents_per_query: with pairs=all, documents drawn from the mined ones each time a query comes; None: all.
         teacher: fusion (of the encoder's and BM25's standardised scores) or cross-encoder (named by `cross_encoder`).
         fusion_weight: share of the encoder's score in the fusion.
         fusion_units: "student" labels in the encoder's own score units, "standard" in standard deviations.
@@ -55,7 +57,8 @@ class LabelSettings:
 
     retrievers: list[str] | None = None
     negatives: int = 50
-    pairs: Literal["source", "retrieved"] | None = None
+    pairs: Literal["source", "retrieved", "all"] | None = None
+    documents_per_query: int | None = None
     teacher: Literal["fusion", "cross-encoder"] = "fusion"
     cross_encoder: str | None = None
     fusion_weight: float = 0.7
@@ -70,6 +73,9 @@ class TrainingSettings:
 
     Attributes:
         loss: margin_mse (GPL) or qgen (multiple negatives ranking on query and positive).
+        side: both: queries and documents are encoded by what is trained (GPL); queries: documents keep the vectors of
+            the encoder as it came, so that an index of them stays valid and a step encodes queries alone (pairs=all
+            only); None: queries where pairs is all, else both.
         adapter: lora, or any method of PEFT's or polyrank's by name, or full (every weight).
         adapter_options: fields of its config, put over r, lora_alpha and lora_dropout for lora.
         target_modules: None: query, key and value projections, whatever the model calls them.
@@ -81,6 +87,7 @@ class TrainingSettings:
 
     encoder: str = MINILM
     loss: Literal["margin_mse", "qgen"] = "margin_mse"
+    side: Literal["both", "queries"] | None = None
     adapter: str = "lora"
     adapter_options: dict[str, Any] = field(default_factory=dict)
     rank: int = 16
@@ -133,8 +140,10 @@ class GplConfig(CorpusSettings, LabelSettings, TrainingSettings):
             raise ConfigError(f"rescale must be positive, got {self.rescale}")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        if self.loss == "qgen" and self.pairs == "retrieved":
+        if self.loss == "qgen" and self.pairs in ("retrieved", "all"):
             raise ConfigError("loss 'qgen' trains on a query and its own document: pairs must be 'source'")
+        if self.documents_per_query is not None and self.documents_per_query < 2:
+            raise ConfigError(f"documents_per_query must be at least 2, got {self.documents_per_query}")
         if self.batch_size < 2 and self.loss == "qgen":
             raise ConfigError("loss 'qgen' takes its negatives from the batch: batch_size must be at least 2")
 
@@ -153,11 +162,25 @@ class GplConfig(CorpusSettings, LabelSettings, TrainingSettings):
         if self.retrievers is not None and (not self.retrievers or len(set(self.retrievers)) != len(self.retrievers)):
             raise ConfigError(f"retrievers must name at least one, each once, got {self.retrievers}")
 
-    def source_is_positive(self, own_teacher: bool) -> bool:
-        """Whether pairs hold the query's own document. `own_teacher`: a teacher was given as a function."""
+    def resolved_pairs(self, own_teacher: bool) -> Literal["source", "retrieved", "all"]:
+        """`pairs`, or what it means where it is not given. `own_teacher`: a teacher was given as a function.
+
+        Raises: ConfigError for a side that these pairs cannot be trained on.
+        """
         cut_out = self.queries is None and "t5" not in self.query_kinds
         lexical = self.teacher == "fusion" and not own_teacher and self.loss == "margin_mse"
-        return self.pairs == "source" or (self.pairs is None and not (cut_out and lexical))
+        pairs = self.pairs or ("all" if cut_out and lexical else "source")
+        if self.side == "queries" and pairs != "all":
+            raise ConfigError(f"side 'queries' trains on lists of documents: pairs must be 'all', here it is {pairs!r}")
+        if self.documents_per_query is not None and pairs != "all":
+            raise ConfigError(f"documents_per_query belongs to pairs 'all', here it is {pairs!r}")
+        if pairs == "all" and self.side == "both" and self.documents_per_query is None:
+            raise ConfigError("side 'both' encodes every document of a list: give documents_per_query=8 (or so)")
+        return pairs
+
+    def trains_queries_only(self, own_teacher: bool) -> bool:
+        """Whether documents keep the vectors that the encoder gave them before."""
+        return self.side == "queries" or (self.side is None and self.resolved_pairs(own_teacher) == "all")
 
     @property
     def dense_retrievers(self) -> list[str]:

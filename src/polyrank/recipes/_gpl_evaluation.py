@@ -26,7 +26,7 @@ from ..core.files import atomic_write, parse_json, sha256
 from ..core.records import Record, Row, new_record, record_to_json
 from ..report.retrieval_figures import Series, save_figure, score_figure
 from ..retrieval.corpus import document_text, read_corpus, read_qrels, read_queries
-from ..retrieval.dense import encode_corpus, load_encoder
+from ..retrieval.dense import encode_corpus, encodes_queries_only, load_encoder
 from ..retrieval.evaluate import (
     COST_COLUMNS,
     MAIN,
@@ -48,6 +48,7 @@ from ._gpl_search import encoder_parts, index_corpus, is_whole_model, run_settin
 _log = logging.getLogger("polyrank")
 TIMED_QUERIES = 50
 BM25_SETTINGS = "lucene k1 1.5 b 0.75 english"
+BASE_INDEX = ".index-base"
 BASELINES = {"zero-shot": "p_zero_shot", "BM25": "p_bm25"}
 
 
@@ -125,6 +126,7 @@ def evaluate_adapters(
     for name, adapter in named:
         _log.info("%s: %s", collection.path, name)
         ranked[name] = _dense(name, adapter, model, collection, out, depth, batch_size, quiet)
+    shutil.rmtree(out / BASE_INDEX, ignore_errors=True)
     systems = []
     for name, entry in ranked.items():
         scores = evaluate(entry["rankings"], collection.judgements.qrels, measures)
@@ -212,21 +214,25 @@ def _dense(
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    model, adapter = encoder_parts(model, adapter)
-    encoder = load_encoder(model, adapter)
-    identity = identify(encoder, model, adapter)
+    named, part = encoder_parts(model, adapter)
+    encoder = load_encoder(named, part)
+    identity = identify(encoder, named, part)
+    queries_only = encodes_queries_only(adapter)
 
     def make() -> dict[str, Any]:
-        folder = out / ".index"
-        index = index_corpus(collection.path, folder, model, adapter, batch_size=batch, quiet=quiet)
+        kept = adapter is None or queries_only  # the base's vectors serve all that adapt queries alone
+        folder = out / (BASE_INDEX if kept else ".index")
+        index = index_corpus(collection.path, folder, model, None if kept else adapter, batch_size=batch, quiet=quiet)
         queries = list(collection.queries.values())
         found, _ = index.search(encode_corpus(encoder, queries, batch), depth)
-        searcher = Searcher(index, encoder, identity)
+        searcher = Searcher(index, encoder, index.manifest.encoder)
         costs = {"latency_ms": searcher.latency_ms(queries[:TIMED_QUERIES]), "index_bytes": index.size_bytes}
-        shutil.rmtree(folder)
+        if not kept:
+            shutil.rmtree(folder)
         return {"rankings": _named(collection, found), "costs": costs}
 
-    return _kept(out, name, [collection.digest, depth, identity.weights, identity.adapter], make)
+    sides = ["queries"] if queries_only else []
+    return _kept(out, name, [collection.digest, depth, identity.weights, identity.adapter, *sides], make)
 
 
 def _named(collection: Collection, found: Sequence[Any]) -> dict[str, list[str]]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..analysis.adapter_files import open_adapter
 from ..core.errors import CheckpointError, ConfigError
 from ..retrieval.corpus import read_corpus
-from ..retrieval.dense import MINILM, encode_corpus, load_encoder
+from ..retrieval.dense import MINILM, encode_corpus, encodes_queries_only, load_encoder
 from ..retrieval.engine import progress_bar
 from ..retrieval.index import MANIFEST, Index, identify, read_manifest
 from ..retrieval.index_build import build_index
@@ -84,24 +85,33 @@ def index_corpus(
     source: str | Path,
     folder: str | Path,
     model: str,
-    adapter: Path | None = None,
+    weights: Path | None = None,
     *,
     kind: str = "flat",
     num_lists: int | None = None,
     batch_size: int = 64,
     quiet: bool = False,
 ) -> Index:
-    """Read, encode and index a corpus; on from where an earlier build stopped."""
+    """Read, encode and index a corpus; on from where an earlier build stopped.
+
+    Args: weights: what `find_weights` found for the encoder `model`. Where queries alone were adapted, the encoder
+        without them makes the documents' vectors.
+    """
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
-    encoder = load_encoder(model, adapter)
+    named, adapter = encoder_parts(model, weights)
+    encoder = load_encoder(named, adapter)
+    identity = identify(encoder, named, adapter)
+    if encodes_queries_only(weights):
+        encoder = load_encoder(model)
+        identity = replace(identity, documents=identify(encoder, model).weights)
     with building(Path(folder).name, quiet) as progress:
         return build_index(
             read_corpus(source),
             lambda texts: encode_corpus(encoder, texts, batch_size),
             folder,
-            identify(encoder, model, adapter),
+            identity,
             kind=kind,
             num_lists=num_lists,
             adapter=adapter,

@@ -12,6 +12,7 @@ from ..core.files import sha256
 from ..retrieval.corpus import corpus_source
 from ..retrieval.dense import MINILM, minilm_folder
 from ..retrieval.generate import GivenWork, QueryWork
+from ..retrieval.lists import ListLabelWork, ListWork, list_margin
 from ..retrieval.mine import NegativeWork, VectorWork
 from ..retrieval.sizing import CorpusWork, queries_per_document
 from ..retrieval.store import Stage, Store
@@ -26,11 +27,19 @@ MARGINS = "margins"
 
 @dataclass(frozen=True)
 class Prepared:
-    """What training needs, whole on disk."""
+    """What training needs, whole on disk.
+
+    Attributes: lists: the tuples are lists (pairs=all). documents: vectors of the corpus that stay as they are, where
+        queries alone are trained; else None. margin: the largest margin of all labels.
+    """
 
     corpus: Stage
     queries: Stage
+    labels: Stage
     tuples: Stage
+    lists: bool
+    documents: Stage | None
+    margin: float
 
 
 def prepare(config: GplConfig, store: Store, normalised: bool, scorer: Score | None = None) -> Prepared:
@@ -41,12 +50,15 @@ def prepare(config: GplConfig, store: Store, normalised: bool, scorer: Score | N
         scorer: a teacher given as a function from (query, document) texts to numbers, instead of `teacher`.
     Raises: DataError for a corpus or a teacher that cannot be used; ConfigError for settings that do not go together.
     """
+    pairs, frozen = config.resolved_pairs(scorer is not None), config.trains_queries_only(scorer is not None)
     corpus = corpus_stage(config, store)
     queries = query_stage(config, store, corpus)
-    vectors = {name: vector_stages(config, store, corpus, queries, name) for name in needed_encoders(config, scorer)}
+    needed = [*needed_encoders(config, scorer), *([config.encoder] if frozen else [])]
+    vectors = {name: vector_stages(config, store, corpus, queries, name) for name in dict.fromkeys(needed)}
     negatives = negative_stage(config, store, corpus, queries, vectors)
     labels = label_stage(config, store, (corpus, queries, negatives), vectors, scorer)
-    smallest, largest = margin_range(labels.rows())
+    largest = list_margin(labels.rows()) if pairs == "all" else 0.0
+    smallest, largest = (-largest, largest) if pairs == "all" else margin_range(labels.rows())
     store.describe(MARGINS, {"labels": labels.key[:12], "smallest": smallest, "largest": largest})
     if config.teacher == "cross-encoder" and scorer is None:
         check_margins(largest, smallest, str(config.cross_encoder))
@@ -55,7 +67,9 @@ def prepare(config: GplConfig, store: Store, normalised: bool, scorer: Score | N
     in_student_units = config.teacher == "fusion" and config.fusion_units == "student" and scorer is None
     if normalised and config.loss == "margin_mse":
         check_reachable(smallest, largest, in_student_units)
-    return Prepared(corpus, queries, tuple_stage(config, store, labels))
+    documents = vectors[config.encoder][0] if frozen else None
+    tuples = tuple_stage(config, store, labels, pairs == "all")
+    return Prepared(corpus, queries, labels, tuples, pairs == "all", documents, largest)
 
 
 def corpus_stage(config: GplConfig, store: Store) -> Stage:
@@ -135,12 +149,20 @@ def label_stage(
             config.fusion_units == "student",
             config.language,
         )
-    usable = queries.counts["rows"] - negatives.counts["queries_without_negative"]
-    passes = num_passes(config.num_tuples, usable)
-    source = config.source_is_positive(scorer is not None)
-    settings = {**describe_teacher(teacher), "passes": passes, "source_is_positive": source, "seed": config.seed}
+    settings = dict(describe_teacher(teacher))
     if isinstance(teacher, CrossEncoderTeacher):
         settings["name"] = model_identity(teacher.name)
+    pairs = config.resolved_pairs(scorer is not None)
+    if pairs == "all":
+        return store.make(
+            "labels",
+            {**settings, "pairs": "all"},
+            needs,
+            lambda: ListLabelWork(queries.rows(), negatives.rows(), corpus.rows(), teacher),
+        )
+    usable = queries.counts["rows"] - negatives.counts["queries_without_negative"]
+    passes, source = num_passes(config.num_tuples, usable), pairs == "source"
+    settings |= {"passes": passes, "source_is_positive": source, "seed": config.seed}
     return store.make(
         "labels",
         settings,
@@ -149,8 +171,17 @@ def label_stage(
     )
 
 
-def tuple_stage(config: GplConfig, store: Store, labels: Stage) -> Stage:
-    settings = {"total": config.num_tuples, "rescale": config.rescale, "seed": config.seed}
+def tuple_stage(config: GplConfig, store: Store, labels: Stage, lists: bool) -> Stage:
+    settings: dict[str, Any] = {"total": config.num_tuples, "seed": config.seed}
+    if lists:  # rescaling multiplies their scores when they are read
+        settings["documents"] = config.documents_per_query
+        return store.make(
+            "tuples",
+            settings,
+            [labels],
+            lambda: ListWork(labels.rows(), config.num_tuples, config.seed, config.documents_per_query),
+        )
+    settings["rescale"] = config.rescale
 
     def work() -> TupleWork:
         rows = labels.rows()

@@ -12,7 +12,7 @@ from typing import Any
 from ..core.errors import ConfigError, UserError
 from ..core.files import atomic_write, parse_json, read_bytes
 from ..core.seeding import derive_seed, seed_everything
-from ..retrieval.dense import load_encoder
+from ..retrieval.dense import load_encoder, mark_queries_only
 from ..retrieval.mine import row_text
 from ..retrieval.store import Rows
 from ._glue_adapters import check_targets, config_type
@@ -88,10 +88,12 @@ def train(config: GplConfig, prepared: Prepared, folder: Path, log: Path) -> dic
     facts: dict[str, Any] = {"trainable_parameters": parameters, "parameters": total}
     if config.tsdae_steps:
         facts["tsdae_s"] = warm_up(config, encoder, prepared, folder, log.with_name("tsdae.jsonl"))
-    rows = TupleTexts(prepared, labels=config.loss == "margin_mse")
-    seconds = run_trainer(config, encoder, rows.dataset(), make_loss(config, encoder), folder / "checkpoints", log)
+    data, loss = data_and_loss(config, encoder, prepared)
+    seconds = run_trainer(config, encoder, data, loss, folder / "checkpoints", log)
     facts["train_s"] = seconds
     save_weights(config, encoder, folder / "weights")
+    if prepared.documents is not None:
+        mark_queries_only(folder / "weights")
     atomic_write(marker, json.dumps(facts) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return facts
@@ -109,6 +111,18 @@ def save_weights(config: GplConfig, encoder: Any, folder: Path) -> None:
         if key in ("target_modules", "exclude_modules", "modules_to_save") and isinstance(value, list):
             values[key] = sorted(value)
     atomic_write(file, json.dumps(values, indent=2, sort_keys=True))
+
+
+def data_and_loss(config: GplConfig, encoder: Any, prepared: Prepared) -> tuple[Any, Any]:
+    """The training rows and what is minimised on them."""
+    if not prepared.lists:
+        return TupleTexts(prepared, labels=config.loss == "margin_mse").dataset(), make_loss(config, encoder)
+    from ._gpl_lists import ListLoss, Lists
+
+    lists = Lists(prepared, (prepared.margin, config.rescale) if config.rescale is not None else None)
+    vectors = prepared.documents.vectors() if prepared.documents is not None else None
+    loss = ListLoss(encoder, lists, vectors, config.similarity == "cosine")
+    return lists.dataset(with_documents=vectors is None), loss
 
 
 def make_loss(config: GplConfig, encoder: Any) -> Any:

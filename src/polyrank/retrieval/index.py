@@ -44,17 +44,21 @@ class EncoderIdentity:
     """Which encoder made the vectors.
 
     Attributes: model: name, as given; weights: hash of all weights (those of the adapter too) and of how vectors are
-        made of them; adapter: hash of the adapter's files (its configuration too), None without one; dim: d.
+        made of them; adapter: hash of the adapter's files (its configuration too), None without one; dim: d;
+        documents: `weights` of the encoder that made the documents' vectors, where it is another: queries alone were
+        adapted.
     """
 
     model: str
     weights: str
     dim: int
     adapter: str | None = None
+    documents: str | None = None
 
     def describe(self) -> str:
         adapter = f"adapter {self.adapter[:8]}" if self.adapter else "no adapter"
-        return f"model {self.model!r} with {adapter} (weights {self.weights[:8]})"
+        alone = ", documents without it" if self.documents else ""
+        return f"model {self.model!r} with {adapter}{alone} (weights {self.weights[:8]})"
 
 
 @dataclass(frozen=True)

@@ -135,8 +135,10 @@ def _number_of_lists(kind: str, given: int | None, count: int) -> int:
 
 
 def _key(corpus: str, encoder: EncoderIdentity, kind: str, lists: int) -> str:
-    content = json.dumps([FORMAT, corpus, encoder.weights, encoder.dim, encoder.adapter, kind, lists])
-    return hashlib.sha256(content.encode()).hexdigest()[:16]
+    content = [FORMAT, corpus, encoder.weights, encoder.dim, encoder.adapter, kind, lists]
+    if encoder.documents is not None:
+        content.append(encoder.documents)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _open_if_whole(folder: Path, key: str) -> Index | None:

@@ -9,7 +9,7 @@ from polyrank.objectives.margins import all_margins_mse
 
 
 def by_pairs(student, teacher, mask):
-    """The definition: squared errors of the margins of all pairs of a query's documents, their mean, the mean of those."""
+    """The definition: the mean over queries of the mean squared error of the margins of all pairs."""
     means = []
     for s, t, keep in zip(student.tolist(), teacher.tolist(), mask.tolist(), strict=True):
         places = [place for place, kept in enumerate(keep) if kept]
@@ -48,13 +48,15 @@ def test_constants_of_a_query_change_nothing_and_a_teacher_that_is_the_student_c
     assert torch.allclose(all_margins_mse(student, moved, mask), all_margins_mse(student, teacher, mask), atol=1e-12)
     loss = all_margins_mse(student, student.detach() + 2, mask)
     (grad,) = torch.autograd.grad(loss, student)
-    assert loss.item() == pytest.approx(0, abs=1e-24) and grad.abs().max().item() < 1e-12
+    assert loss.item() == pytest.approx(0, abs=1e-24)
+    assert grad.abs().max().item() < 1e-12
 
 
 def test_what_is_masked_gets_no_gradient(scores):
     student, teacher, mask = scores
     (grad,) = torch.autograd.grad(all_margins_mse(student, teacher, mask), student)
-    assert (grad[~mask] == 0).all() and (grad[3] == 0).all()  # the last query has one document: no margin
+    assert (grad[~mask] == 0).all()
+    assert (grad[3] == 0).all()
     assert (grad[mask][:9] != 0).all()
 
 

@@ -70,12 +70,14 @@ def run(tmp_path_factory, corpus, encoder):
 
 def test_offline_settings_mean_lists_and_queries_alone(corpus, encoder):
     config = config_of(corpus, encoder)
-    assert config.resolved_pairs(own_teacher=False) == "all" and config.trains_queries_only(own_teacher=False)
+    assert config.resolved_pairs(own_teacher=False) == "all"
+    assert config.trains_queries_only(own_teacher=False)
     for other in (
         config_of(corpus, encoder, teacher="cross-encoder", cross_encoder="x"),
         replace(config, queries=corpus),
     ):
-        assert other.resolved_pairs(own_teacher=False) == "source" and not other.trains_queries_only(own_teacher=False)
+        assert other.resolved_pairs(own_teacher=False) == "source"
+        assert not other.trains_queries_only(own_teacher=False)
 
 
 def test_labels_are_the_teachers_scores_of_every_mined_document(run):
@@ -95,11 +97,13 @@ def test_labels_are_the_teachers_scores_of_every_mined_document(run):
 def test_every_pass_holds_every_query_once(run):
     rows = [row["row"] for row in run.prepared.tuples.rows()]
     size = len(run.prepared.labels.rows())
-    assert len(rows) == 32 and len(set(rows[:size])) == min(size, 32)
+    assert len(rows) == 32
+    assert len(set(rows[:size])) == min(size, 32)
 
 
 def test_documents_keep_their_vectors_and_queries_move(tmp_path, run, corpus, encoder):
-    assert encodes_queries_only(run.weights) and not encodes_queries_only(None)
+    assert encodes_queries_only(run.weights)
+    assert not encodes_queries_only(None)
     texts = [document_text(document) for document in read_corpus(corpus)]
     base, adapted = load_encoder(encoder), load_encoder(encoder, run.weights)
     index = index_corpus(corpus, tmp_path / "index", encoder, run.weights, quiet=True)
@@ -147,7 +151,8 @@ def test_both_sides_with_two_documents_is_margin_mse(tmp_path, corpus, encoder):
 
     config = config_of(corpus, encoder, side="both", documents_per_query=2, steps=4)
     done = run_gpl(config, tmp_path / "run")
-    assert done.prepared.documents is None and not encodes_queries_only(done.weights)
+    assert done.prepared.documents is None
+    assert not encodes_queries_only(done.weights)
     assert {len(row["chosen"]) for row in done.prepared.tuples.rows()} == {2}
     lists, model = Lists(done.prepared), load_encoder(encoder)
     batch = lists.dataset(with_documents=True)[:4]
@@ -172,7 +177,8 @@ def test_a_list_teaches_the_margins_it_holds(tmp_path, corpus, encoder):
 
 def test_full_fine_tuning_of_the_queries_side(tmp_path, corpus, encoder):
     done = run_gpl(config_of(corpus, encoder, adapter="full", learning_rate=1e-3), tmp_path / "run")
-    assert done.weights.name == "model" and encodes_queries_only(done.weights)
+    assert done.weights.name == "model"
+    assert encodes_queries_only(done.weights)
     index = index_corpus(corpus, tmp_path / "index", encoder, done.weights, quiet=True)
     texts = [document_text(document) for document in read_corpus(corpus)]
     assert np.allclose(index._vectors, encode_corpus(load_encoder(encoder), texts), atol=1e-6)

@@ -1,4 +1,4 @@
-"""Training of recipe `gpl` on lists (`pairs=all`): texts and scores of each step, and the loss for sentence-transformers.
+"""Training of recipe `gpl` on lists (`pairs=all`): texts and scores of each step, and the loss.
 
 With `side=queries` the documents keep the vectors that the encoder gave them before; they are read from the stage that
 mining made, so a step encodes queries alone and compares each with every document of its list.
@@ -44,7 +44,7 @@ class Lists:
         return (documents[line["chosen"]], scores[line["chosen"]]) if "chosen" in line else (documents, scores)
 
     def dataset(self, with_documents: bool) -> Any:
-        """A datasets.Dataset: the query, where asked for the documents in columns of their own, and the row's number."""
+        """A datasets.Dataset: the query, if asked for the documents in columns of their own, the row's number."""
         from datasets import Dataset
 
         data = Dataset.from_dict({"query": [self.query[line["row"]] for line in self.tuples]})

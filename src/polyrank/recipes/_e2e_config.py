@@ -126,7 +126,7 @@ class Settings:
     data: DataChoice
     rank: int = 16
     lora_alpha: float = 32.0
-    num_steps: int = 300
+    num_steps: int = 120
     batch_size: int = 32
     learning_rate: float = 3e-3
     warmup: float = 0.05

@@ -5,7 +5,10 @@ import importlib
 import pytest
 
 
-@pytest.mark.parametrize("module", ["polyrank", "polyrank.adapters", "polyrank.hypotheses", "polyrank.objectives"])
+@pytest.mark.parametrize(
+    "module",
+    ["polyrank", "polyrank.adapters", "polyrank.hypotheses", "polyrank.objectives", "polyrank.routing"],
+)
 def test_all_is_true(module):
     module = importlib.import_module(module)
     assert len(module.__all__) == len(set(module.__all__))

@@ -23,6 +23,7 @@ from .hypotheses import (
     import_hypotheses,
     patch_peft_for_mcl,
 )
+from .routing import MoeConfig, MoeModel, MoeTrainer, record_routing, route_experts
 
 __version__ = _version("polyrank")
 
@@ -36,6 +37,9 @@ __all__ = [
     "MclConfig",
     "MclModel",
     "MclTrainer",
+    "MoeConfig",
+    "MoeModel",
+    "MoeTrainer",
     "SaraConfig",
     "adapters",
     "export_hypotheses",
@@ -43,4 +47,6 @@ __all__ = [
     "get_peft_mcl",
     "import_hypotheses",
     "patch_peft_for_mcl",
+    "record_routing",
+    "route_experts",
 ]

@@ -1,11 +1,8 @@
 """One interface to every way of writing K candidates for an input, and a record of what each costs.
 
-Budget: B = beams x separate decodings, the same for every method, and every method gives exactly K candidates.
-
-    beam            one search with B beams, its K best                       transformers' own
-    diverse_beam    B beams in K groups under a Hamming penalty               diverse_beam.py
-    sample          K samples; B = K                                          transformers' own
-    mcl             each of K hypotheses with B / K beams, its best           polyrank.hypotheses
+Budget: B = beams x separate decodings, the same for every method, and every method gives exactly K candidates; the
+methods are those of `decoders.py`. `decode` takes prompts, `decode_inputs` what a processor made (images, audio, text
+for an encoder).
 
 Equal beams are not equal compute (a beam search reads the prompt once for each beam, and its dead beams are computed
 on), so what the model evaluated is counted and returned too.
@@ -14,45 +11,33 @@ on), so what the model evaluated is counted and returned too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..core.errors import ConfigError, DataError
-from ..core.registry import Registry
 from ..data.causal_lm import encode_prompts
-from .diverse_beam import diverse_beam_generate
-from .no_repeat import NoRepeatedNgrams
+from .cost import Cost, counted
+from .decoders import DECODERS, SAMPLERS, Decoder, Request
 
-
-@dataclass
-class Cost:
-    """What decoding took. Tokens are counted as the model evaluates them: prompt padding not, rows of beams all.
-
-    Attributes:
-        beams: the budget B of one input.
-        prefill_tokens: prompt tokens run through the model (decoder, and encoder where there is one).
-        decode_tokens: tokens run through the decoder after the prompt, finished rows included.
-        forward_calls: calls of the decoder.
-        time_s: wall time, seconds, tokenization included.
-    """
-
-    beams: int = 0
-    prefill_tokens: int = 0
-    decode_tokens: int = 0
-    forward_calls: int = 0
-    time_s: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        total = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        return Cost(**{**total, "beams": max(self.beams, other.beams)})
-
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+__all__ = [
+    "DECODERS",
+    "SAMPLERS",
+    "Cost",
+    "Decoded",
+    "Decoder",
+    "Request",
+    "check_room",
+    "counted",
+    "decode",
+    "decode_inputs",
+    "pad_left",
+    "to_text",
+]
 
 
 @dataclass(frozen=True)
@@ -61,87 +46,6 @@ class Decoded:
 
     candidates: list[list[str]]
     cost: Cost
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a decoder gets: encoded inputs (left-padded), K, B, generate's arguments, and its own options."""
-
-    inputs: dict[str, Tensor]
-    num_candidates: int
-    budget: int
-    generate: dict[str, Any]
-    options: dict[str, Any]
-
-
-Decoder = Callable[[Any, Request], Tensor]
-DECODERS: Registry[Decoder] = Registry("decoding method")
-
-
-@DECODERS.decorator("beam")
-def beam_search(model: Any, request: Request) -> Tensor:
-    """The K best of one beam search with B beams. Option: no_repeat_ngram_size (of what is written, not the prompt)."""
-    options = dict(request.options)
-    size = options.pop("no_repeat_ngram_size", 0)
-    if size and not model.config.is_encoder_decoder:
-        options["logits_processor"] = [NoRepeatedNgrams(size, request.inputs["input_ids"].shape[1])]
-    elif size:
-        options["no_repeat_ngram_size"] = size
-    return model.generate(
-        **request.inputs,
-        **request.generate,
-        num_beams=request.budget,
-        num_return_sequences=request.num_candidates,
-        do_sample=False,
-        **options,
-    )
-
-
-@DECODERS.decorator("diverse_beam")
-def diverse_beam_search(model: Any, request: Request) -> Tensor:
-    """B beams in K groups. Options: diversity_penalty (0.5), selection ("pooled" or "one_per_group")."""
-    return diverse_beam_generate(
-        model,
-        **request.inputs,
-        **request.generate,
-        num_beams=request.budget,
-        num_groups=request.num_candidates,
-        num_return_sequences=request.num_candidates,
-        **{"diversity_penalty": 0.5, **request.options},
-    )
-
-
-@DECODERS.decorator("sample")
-def sample(model: Any, request: Request) -> Tensor:
-    """K samples. Options: temperature, top_k, top_p, typical_p; without any, from the model's own distribution."""
-    if request.budget != request.num_candidates:
-        raise ConfigError(f"sampling takes a budget of num_candidates ({request.num_candidates}), got {request.budget}")
-    return model.generate(
-        **request.inputs,
-        **request.generate,
-        do_sample=True,
-        num_beams=1,
-        num_return_sequences=request.num_candidates,
-        **{"temperature": 1.0, "top_k": 0, "top_p": 1.0, **request.options},
-    )
-
-
-@DECODERS.decorator("mcl")
-def all_hypotheses(model: Any, request: Request) -> Tensor:
-    """Each hypothesis with B / K beams (or sampling, by options), its best candidate; candidate k is hypothesis k's."""
-    beams, rest = divmod(request.budget, request.num_candidates)
-    if rest:
-        raise ConfigError(f"budget {request.budget} must be a multiple of the {request.num_candidates} hypotheses")
-    from ..hypotheses.generation import generate_hypotheses
-
-    rows = generate_hypotheses(
-        model, **request.inputs, num_beams=beams, **{"do_sample": False, **request.generate, **request.options}
-    )
-    if rows.shape[0] != request.num_candidates:
-        raise ConfigError(
-            f"the model has {rows.shape[0]} hypotheses, {request.num_candidates} candidates were asked for"
-        )
-    return rows.transpose(0, 1).reshape(-1, rows.shape[-1])
 
 
 def decode(
@@ -159,10 +63,11 @@ def decode(
     seed: int | None = None,
     **options: Any,
 ) -> Decoded:
-    """Write exactly K candidates for each input.
+    """Write exactly K candidates for each prompt.
 
     Args:
-        model: a causal transformers or PEFT model ("mcl": one with a LoRA-MCL adapter of K hypotheses).
+        model: a causal transformers or PEFT model ("mcl": one with a LoRA-MCL adapter of K hypotheses, "moe_*": one
+            with a LoRA-MoE adapter).
         tokenizer: its tokenizer, with a padding token.
         inputs: prompts.
         method: a name in DECODERS.
@@ -172,12 +77,85 @@ def decode(
         batch_size: inputs decoded at once (rows: times B). Inputs of similar length share a batch.
         length_penalty, repetition_penalty: as in transformers' generate, for every method.
         seed: of torch, set before the first batch where given.
-        options: of the method.
+        options: of the method; and `router`, `router_top_k` for a LoRA-MoE (`route_experts`).
     Returns: candidates without prompt, special tokens and surrounding or repeated white space, and the cost.
     Raises: ConfigError for a budget below K or one that the method cannot split; DataError for a prompt that leaves no
         room in the model's context; UnknownNameError for a method.
     """
-    decoder = DECODERS.get(method)
+    run, budget = _checked(method, num_candidates, budget, max_new_tokens)
+    start = time.perf_counter()
+    prompts = encode_prompts(tokenizer, inputs)
+    check_room(model, [len(prompt) for prompt in prompts], max_new_tokens)
+    generate = {"length_penalty": length_penalty, "repetition_penalty": repetition_penalty}
+    generate |= _limits(tokenizer, max_new_tokens, tokenizer.eos_token_id)
+    written: dict[int, list[str]] = {}
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    device = next(model.parameters()).device
+    with _ready(model, seed, options) as options, counted(model) as cost:
+        for first in range(0, len(order), batch_size):
+            chosen = order[first : first + batch_size]
+            batch = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id, device)
+            texts = _candidates(run, model, tokenizer, Request(batch, num_candidates, budget, generate, options))
+            written |= dict(zip(chosen, texts, strict=True))
+    cost.beams, cost.time_s = budget, time.perf_counter() - start
+    return Decoded([written[i] for i in range(len(prompts))], cost)
+
+
+def decode_inputs(
+    model: Any,
+    tokenizer: Any,
+    inputs: Mapping[str, Tensor],
+    method: str = "beam",
+    *,
+    num_candidates: int,
+    budget: int | None = None,
+    max_new_tokens: int = 128,
+    length_penalty: float = 1.0,
+    repetition_penalty: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    clean: Callable[[str], str] | None = None,
+    seed: int | None = None,
+    **options: Any,
+) -> Decoded:
+    """Write exactly K candidates for each row of one batch of model inputs.
+
+    Args:
+        model: anything with transformers' `generate`: decoders, encoder-decoders, image and audio models, PEFT models.
+        tokenizer: of the text that is written (a processor's `.tokenizer`), with a padding token.
+        inputs: what `generate` takes, as a processor makes it: input_ids and attention_mask (left-padded for
+            decoders), pixel_values, input_features, feature_attention_mask, decoder_input_ids, ... Moved to the model's
+            device; floating tensors get its dtype.
+        eos_token_id: what ends a candidate; default: the tokenizer's end token.
+        clean: text -> text, for each candidate (the same for every method).
+        the others: as in `decode`.
+    Returns, raises: as `decode`; DataError where the inputs hold no rows; ConfigError for Whisper, whose own `generate`
+        cuts audio into windows and keeps one candidate of each search.
+    """
+    from ..hypotheses.inputs import batch_size
+
+    run, budget = _checked(method, num_candidates, budget, max_new_tokens)
+    if hasattr(model, "generate_with_fallback"):
+        raise ConfigError("Whisper's generate keeps one candidate of each search: it cannot write K candidates")
+    start = time.perf_counter()
+    batch = _on_device(inputs, model)
+    if batch_size(batch) < 1:
+        raise DataError("the inputs hold no rows")
+    prompt = batch.get("decoder_input_ids" if model.config.is_encoder_decoder else "input_ids")
+    check_room(model, [1 if prompt is None else prompt.shape[1]], max_new_tokens)
+    ends = tokenizer.eos_token_id if eos_token_id is None else eos_token_id
+    generate = {"length_penalty": length_penalty, "repetition_penalty": repetition_penalty}
+    generate |= _limits(tokenizer, max_new_tokens, ends)
+    with _ready(model, seed, options) as options, counted(model) as cost:
+        texts = _candidates(run, model, tokenizer, Request(batch, num_candidates, budget, generate, options))
+    if clean is not None:
+        texts = [[clean(text) for text in row] for row in texts]
+    cost.beams, cost.time_s = budget, time.perf_counter() - start
+    return Decoded(texts, cost)
+
+
+def _checked(method: str, num_candidates: int, budget: int | None, max_new_tokens: int) -> tuple[Decoder, int]:
+    """The decoder of a name, and the budget."""
+    run = DECODERS.get(method)
     budget = num_candidates if budget is None else budget
     if num_candidates < 1 or budget < num_candidates:
         raise ConfigError(
@@ -185,41 +163,77 @@ def decode(
         )
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    start = time.perf_counter()
-    prompts = encode_prompts(tokenizer, inputs)
-    check_room(model, [len(prompt) for prompt in prompts], max_new_tokens)
-    generate = {
-        "max_new_tokens": max_new_tokens,
-        "length_penalty": length_penalty,
-        "repetition_penalty": repetition_penalty,
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
+    return run, budget
+
+
+def _limits(tokenizer: Any, max_new_tokens: int, ends: int | Sequence[int]) -> dict[str, Any]:
+    ends = list(ends) if isinstance(ends, Sequence) else ends
+    return {"max_new_tokens": max_new_tokens, "pad_token_id": tokenizer.pad_token_id, "eos_token_id": ends}
+
+
+@contextmanager
+def _ready(model: Any, seed: int | None, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Evaluation mode, the seed, and the routing that the options name; gives the options that are the method's."""
+    options = dict(options)
+    router, top_k = options.pop("router", None), options.pop("router_top_k", None)
     if seed is not None:
         torch.manual_seed(seed)
     was_training = model.training
     model.eval()
-    written: dict[int, list[str]] = {}
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    device = next(model.parameters()).device
     try:
-        with counted(model) as cost:
-            for first in range(0, len(order), batch_size):
-                chosen = order[first : first + batch_size]
-                batch = pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id, device)
-                rows = decoder(model, Request(batch, num_candidates, budget, dict(generate), dict(options)))
-                texts = to_text(tokenizer, rows[:, batch["input_ids"].shape[1] :])
-                for j, i in enumerate(chosen):
-                    written[i] = texts[j * num_candidates : (j + 1) * num_candidates]
+        if router is None:
+            if top_k is not None:
+                raise ConfigError(f"router_top_k {top_k} goes with router='sparse'")
+            yield options
+        else:
+            from ..routing import route_experts
+
+            with route_experts(model, router, top_k=top_k):
+                yield options
     finally:
         model.train(was_training)
-    cost.beams, cost.time_s = budget, time.perf_counter() - start
-    return Decoded([written[i] for i in range(len(prompts))], cost)
+
+
+def _candidates(run: Decoder, model: Any, tokenizer: Any, request: Request) -> list[list[str]]:
+    """The K texts of each row, prompt cut off."""
+    rows = without_prompt(model, run(model, request), request)
+    texts = to_text(tokenizer, rows, request.generate["eos_token_id"])
+    count = request.num_candidates
+    return [texts[first : first + count] for first in range(0, len(texts), count)]
+
+
+def without_prompt(model: Any, rows: Tensor, request: Request) -> Tensor:
+    """What was written: rows (batch * K, length) without the tokens in front that the decoder was given.
+
+    Some models return the prompt and some do not (those that embed it themselves): it is cut where it stands.
+    """
+    if model.config.is_encoder_decoder:
+        given = request.inputs.get("decoder_input_ids")
+        if given is None:
+            start = model.generation_config.decoder_start_token_id
+            start = model.generation_config.bos_token_id if start is None else start
+            given = None if start is None else torch.full((1, 1), start, device=rows.device)
+    else:
+        given = request.inputs.get("input_ids")
+    if given is None or given.shape[1] > rows.shape[1]:
+        return rows
+    given = given.repeat_interleave(len(rows) // len(given), 0)
+    return rows[:, given.shape[1] :] if torch.equal(rows[:, : given.shape[1]], given) else rows
+
+
+def _on_device(inputs: Mapping[str, Tensor], model: Any) -> dict[str, Tensor]:
+    device, dtype = next(model.parameters()).device, model.dtype
+    return {
+        key: value.to(device, dtype if value.is_floating_point() else value.dtype)
+        for key, value in inputs.items()
+        if value is not None
+    }
 
 
 def check_room(model: Any, lengths: Sequence[int], max_new_tokens: int) -> None:
     """Raise DataError where a prompt and `max_new_tokens` do not fit into the model's context together."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    config = model.config.get_text_config(decoder=True)
+    context = getattr(config, "max_position_embeddings", None)
     longest = max(lengths, default=0)
     if context is not None and longest + max_new_tokens > context:
         raise DataError(
@@ -235,42 +249,12 @@ def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device | 
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def to_text(tokenizer: Any, rows: Tensor) -> list[str]:
-    """New tokens (rows, length) as text up to the first end token, white space made single."""
+def to_text(tokenizer: Any, rows: Tensor, ends: int | Sequence[int] | None = None) -> list[str]:
+    """New tokens (rows, length) as text up to the first end token (the tokenizer's or `ends`), white space single."""
+    ends = tokenizer.eos_token_id if ends is None else ends
+    ends = set(ends) if isinstance(ends, Sequence) else {ends}
     texts = []
     for row in rows.tolist():
-        if tokenizer.eos_token_id in row:
-            row = row[: row.index(tokenizer.eos_token_id)]
-        texts.append(" ".join(tokenizer.decode(row, skip_special_tokens=True).split()))
+        stop = next((i for i, token in enumerate(row) if token in ends), len(row))
+        texts.append(" ".join(tokenizer.decode(row[:stop], skip_special_tokens=True).split()))
     return texts
-
-
-@contextmanager
-def counted(model: Any) -> Iterator[Cost]:
-    """Count the tokens that a transformers model (inside a PEFT model or not) evaluates within the block."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    cost = Cost()
-
-    def decoder_called(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        ids = kwargs.get("decoder_input_ids", kwargs.get("input_ids", args[0] if args else None))
-        if ids is None:
-            ids = kwargs["inputs_embeds"][..., 0]
-        cost.forward_calls += 1
-        if ids.shape[1] == 1:
-            cost.decode_tokens += ids.numel()
-            return
-        mask = kwargs.get("attention_mask")
-        cost.prefill_tokens += int(mask.sum()) if mask is not None and mask.shape == ids.shape else ids.numel()
-
-    def encoder_called(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        mask, ids = kwargs.get("attention_mask"), kwargs.get("input_ids", args[0] if args else None)
-        cost.prefill_tokens += int(mask.sum()) if mask is not None else 0 if ids is None else ids.numel()
-
-    handles = [base.register_forward_pre_hook(decoder_called, with_kwargs=True)]
-    if getattr(base.config, "is_encoder_decoder", False):
-        handles.append(base.get_encoder().register_forward_pre_hook(encoder_called, with_kwargs=True))
-    try:
-        yield cost
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -395,3 +395,17 @@ def shuffled_run(run, config, tmp_path):
     prepared = replace(run.prepared, tuples=stage)
     _gpl_training.train(config, prepared, tmp_path / "training", tmp_path / "shuffled.jsonl")
     return replace(run, weights=tmp_path / "training" / "weights")
+
+
+def test_queries_are_no_more_than_training_draws(tmp_path, corpus, encoder):
+    """GPL's rule would give 2,500 queries a document here; 6 steps of 4 draw one query of each two documents."""
+    done = run_gpl(config_of(corpus, encoder, queries_per_document=None, query_kinds=["title"]), tmp_path)
+    assert done.prepared.queries.counts["rows"] == 48
+    more = config_of(corpus, encoder, queries_per_document=None, query_kinds=["title"], batch_size=32)
+    assert run_gpl(more, tmp_path).prepared.queries.counts["rows"] > 48
+
+
+def test_learning_rate_by_what_is_trained():
+    assert GplConfig(corpus=Path("c")).rate == 1e-3
+    assert GplConfig(corpus=Path("c"), adapter="full").rate == 2e-5
+    assert GplConfig(corpus=Path("c"), adapter="full", learning_rate=1e-4).rate == 1e-4

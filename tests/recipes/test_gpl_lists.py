@@ -109,6 +109,9 @@ def test_documents_keep_their_vectors_and_queries_move(tmp_path, run, corpus, en
     index = index_corpus(corpus, tmp_path / "index", encoder, run.weights, quiet=True)
     assert np.allclose(index._vectors, encode_corpus(base, texts), atol=1e-6)
     assert not np.allclose(encode_corpus(adapted, ["old3x0"]), encode_corpus(base, ["old3x0"]), atol=1e-4)
+    adapted.disable_adapters()  # as the documentation tells users of sentence-transformers alone
+    assert np.array_equal(encode_corpus(adapted, texts), encode_corpus(base, texts))
+    adapted.enable_adapters()
     searcher = open_searcher(tmp_path / "index")  # from the index alone: its own copy of the adapter
     scores = encode_corpus(adapted, ["old3x0 new3x1"]) @ encode_corpus(base, texts).T
     found = searcher.search(["old3x0 new3x1"], 3)[0]
@@ -163,7 +166,9 @@ def test_both_sides_with_two_documents_is_margin_mse(tmp_path, corpus, encoder):
 
 
 def test_a_list_teaches_the_margins_it_holds(tmp_path, corpus, encoder):
-    done = run_gpl(config_of(corpus, encoder, steps=60, learning_rate=3e-2), tmp_path / "run")
+    done = run_gpl(
+        config_of(corpus, encoder, query_kinds=["title"], steps=100, rank=8, learning_rate=3e-2), tmp_path / "run"
+    )
     lists, vectors = Lists(done.prepared), done.prepared.documents.vectors()
 
     def error(model):
@@ -172,7 +177,7 @@ def test_a_list_teaches_the_margins_it_holds(tmp_path, corpus, encoder):
             texts = lists.dataset(False)[:40]
             return loss([model.preprocess(texts["query"])], torch.tensor(texts["label"])).item()
 
-    assert error(load_encoder(encoder, done.weights)) < 0.8 * error(load_encoder(encoder))
+    assert error(load_encoder(encoder, done.weights)) < 0.5 * error(load_encoder(encoder))
 
 
 def test_full_fine_tuning_of_the_queries_side(tmp_path, corpus, encoder):

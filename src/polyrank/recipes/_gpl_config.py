@@ -24,14 +24,15 @@ class CorpusSettings:
         corpus: BEIR folder, folder of .txt/.md, .jsonl or .csv.
         sample_size: documents kept: -1 by GPL's rule, 0 all, n at most n.
         query_kinds: t5, title, cloze, crop; t5 needs `generator` (hub id or folder).
-        queries_per_document: of each kind; None: by GPL's rule (about 250,000 in all).
+        queries_per_document: of each kind; None: by GPL's rule (about 250,000 in all), but no more than training
+            draws (steps x batch_size).
         queries: a BEIR folder with queries and qrels/train.tsv to use instead of generated ones.
     """
 
     corpus: Path
     seed: int = 0
     sample_size: int = -1
-    query_kinds: list[str] = field(default_factory=lambda: ["title", "cloze"])
+    query_kinds: list[str] = field(default_factory=lambda: ["title", "cloze", "crop"])
     queries_per_document: int | None = None
     generator: str | None = None
     queries: Path | None = None
@@ -80,6 +81,7 @@ class TrainingSettings:
         adapter_options: fields of its config, put over r, lora_alpha and lora_dropout for lora.
         target_modules: None: query, key and value projections, whatever the model calls them.
         similarity: of the student's score; with "cosine", or an encoder that normalises, margins lie in [-2, 2].
+        learning_rate: None: 1e-3, and 2e-5 with adapter=full.
         max_length: tokens of a text in training; at most the encoder's own limit.
         tsdae_steps: steps of denoising auto-encoding on the corpus before (TSDAE); 0: none.
         warmup_steps: of `steps`, in which the learning rate rises.
@@ -95,9 +97,9 @@ class TrainingSettings:
     lora_dropout: float = 0.05
     target_modules: list[str] | str | None = None
     similarity: Literal["dot", "cosine"] = "dot"
-    steps: int = 1000
+    steps: int = 600
     batch_size: int = 32
-    learning_rate: float = 2e-4
+    learning_rate: float | None = None
     warmup_steps: int = 100
     weight_decay: float = 0.01
     max_length: int = 350
@@ -125,7 +127,7 @@ class GplConfig(CorpusSettings, LabelSettings, TrainingSettings):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("lora_alpha", "learning_rate", "tsdae_learning_rate"):
-            if not getattr(self, name) > 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         for name in ("warmup_steps", "weight_decay", "tsdae_steps", "seed"):
             if getattr(self, name) < 0:
@@ -181,6 +183,11 @@ class GplConfig(CorpusSettings, LabelSettings, TrainingSettings):
     def trains_queries_only(self, own_teacher: bool) -> bool:
         """Whether documents keep the vectors that the encoder gave them before."""
         return self.side == "queries" or (self.side is None and self.resolved_pairs(own_teacher) == "all")
+
+    @property
+    def rate(self) -> float:
+        """The learning rate in force."""
+        return self.learning_rate or (2e-5 if self.adapter == FULL else 1e-3)
 
     @property
     def dense_retrievers(self) -> list[str]:

@@ -82,7 +82,8 @@ def query_stage(config: GplConfig, store: Store, corpus: Stage) -> Stage:
         folder = config.queries
         settings: dict[str, Any] = {"given": sha256(folder)}
         return store.make("queries", settings, [corpus], lambda: GivenWork(corpus.rows(), str(folder)))
-    per_document = config.queries_per_document or queries_per_document(corpus.counts["rows"])
+    drawn = -(-config.num_tuples // (corpus.counts["rows"] * len(config.query_kinds)))
+    per_document = config.queries_per_document or min(queries_per_document(corpus.counts["rows"]), drawn)
     settings = {"kinds": config.query_kinds, "per_document": per_document, "seed": config.seed}
     if "t5" in config.query_kinds:
         settings["generator"] = model_identity(str(config.generator))

@@ -200,7 +200,7 @@ def training_arguments(config: GplConfig, folder: Path, **changes: Any) -> Any:
             "output_dir": str(folder),
             "max_steps": config.steps,
             "per_device_train_batch_size": config.batch_size,
-            "learning_rate": config.learning_rate,
+            "learning_rate": config.rate,
             "lr_scheduler_type": "linear",
             "warmup_steps": config.warmup_steps,
             "weight_decay": config.weight_decay,

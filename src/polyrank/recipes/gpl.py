@@ -76,6 +76,7 @@ def training_key(config: GplConfig, prepared: Prepared) -> str:
     """Key of the training: its settings, the student's weights, and the tuples."""
     settings = {item.name: getattr(config, item.name) for item in dataclasses.fields(TrainingSettings)}
     settings |= {"encoder": model_identity(config.encoder), "seed": config.seed, "rescale": config.rescale}
+    settings["learning_rate"] = config.rate
     settings["side"] = "queries" if prepared.documents is not None else "both"
     del settings["save_every"]
     return stage_key("training", settings, [prepared.corpus.key, prepared.queries.key, prepared.tuples.key])

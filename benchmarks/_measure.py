@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
+from polyrank.training.memory import AllocationPeak
+
 
 def interleaved(
     sides: Mapping[str, Callable[[], object]],
@@ -52,25 +54,7 @@ def _wait(device: str) -> None:
 
 
 def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
-    """Most bytes that `run` had allocated at a time, above what was there before it began.
-
-    On a CPU every allocation and release of torch's allocator is recorded (by its profiler) and summed; scratch memory
-    inside an operator counts, memory of the process outside torch does not.
-    """
-    gc.collect()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    """Most bytes that `run` had allocated at a time, above what was there before it began (see `AllocationPeak`)."""
+    with AllocationPeak(device) as peak:
         run()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        run()
-    events = profile.profiler.kineto_results.events()  # type: ignore[union-attr]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
-    now = peak = 0
-    for _, change in changes:
-        now += change
-        peak = max(peak, now)
-    return peak
+    return peak.bytes

@@ -12,6 +12,7 @@ from .adapters.dylora import DyloraConfig
 from .adapters.lorma import LormaConfig
 from .adapters.lsr import LsrConfig
 from .adapters.sara import SaraConfig
+from .compression.l4q import L4qConfig
 from .hypotheses import (
     MclConfig,
     MclModel,
@@ -31,6 +32,7 @@ __all__ = [
     "AlloraConfig",
     "CodyraConfig",
     "DyloraConfig",
+    "L4qConfig",
     "LormaConfig",
     "LsrConfig",
     "MCLTrainer",

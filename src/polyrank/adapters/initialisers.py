@@ -28,6 +28,8 @@ from typing import Any
 import torch
 
 from ..core.errors import ConfigError, DataError, check_choice
+from ._base import AdapterLayer
+from ._lora_layers import lora_layers, method_name
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "weight_svd", "gd_scale", "unit")
@@ -35,19 +37,6 @@ SCORES = ("paper", "variance_ratio")
 
 _log = logging.getLogger("polyrank")
 Batch = Mapping[str, torch.Tensor]
-
-
-def lora_layers(model: torch.nn.Module, adapter: str = "default") -> dict[str, Any]:
-    """PEFT's LoRA layers on linear modules by full name. Raises ConfigError if there are none."""
-    found = {
-        name: layer
-        for name, layer in model.named_modules()
-        if adapter in getattr(layer, "lora_A", {}) and getattr(layer.get_base_layer(), "weight", None) is not None
-    }
-    linear = {name: layer for name, layer in found.items() if layer.lora_A[adapter].weight.ndim == 2}
-    if not linear:
-        raise ConfigError(f"the model has no LoRA layer of PEFT's with adapter {adapter!r}")
-    return linear
 
 
 # -- LoRA-GA ------------------------------------------------------------------------------------------------------
@@ -67,7 +56,7 @@ def base_gradients(
     Args: loss: a mean over the batch; default `model(**batch).loss`.
     Raises: ConfigError for tied weights and quantised ones; DataError without batches.
     """
-    layers = lora_layers(model, adapter)
+    layers = lora_layers(model, adapter, "LoRA-GA")
     weights = {name: layer.get_base_layer().weight for name, layer in layers.items()}
     if len({id(weight) for weight in weights.values()}) < len(weights):
         raise ConfigError("two adapted layers share one weight: LoRA-GA would correct it twice")
@@ -150,7 +139,10 @@ def initialise_lora_ga(
     Returns: by layer, the norm of what the weight's own precision rounded away (0 in exact arithmetic).
     """
     check_choice("scale", scale, SCALES)
-    layers = lora_layers(model, adapter)
+    layers = lora_layers(model, adapter, "LoRA-GA")
+    start = str(getattr(getattr(model, "peft_config", {}).get(adapter), "init_lora_weights", "")).lower()
+    if start.startswith(("pissa", "olora", "corda", "loftq", "eva", "lora_ga")):
+        raise ConfigError(f"LoRA-GA does not combine with init_lora_weights={start!r}: each sets A and B its own way")
     if missing := sorted(layers.keys() - gradients.keys()):
         raise ConfigError(f"no gradient for layer {missing[0]!r} (and {len(missing) - 1} more)")
     lost = {}
@@ -290,6 +282,7 @@ def initialise_eva(
 
     rho, tau, the label mask and whether alpha follows the rank are the config's; PEFT itself writes the values
     (`peft.initialize_lora_eva_weights`), the rank_pattern and the alpha_pattern, and takes out layers of rank 0.
+    DyLoRA, ALLoRA and CoDyRA get EVA's A, the strongest direction first, and keep their ranks.
 
     Args: center, score: True and "variance_ratio" are the released code's choice.
     Returns: the new rank of each layer.
@@ -297,7 +290,9 @@ def initialise_eva(
     from peft import initialize_lora_eva_weights
 
     check_choice("score", score, SCORES)
-    layers, config = lora_layers(model, adapter), model.peft_config[adapter]
+    if method_name(model, adapter) in ("DYLORA", "ALLORA", "CODYRA"):
+        return _own_layers_eva(model, batches, center, maximum_batches, adapter)
+    layers, config = lora_layers(model, adapter, "EVA"), model.peft_config[adapter]
     if config.init_lora_weights != "eva":
         raise ConfigError(f'EVA needs LoraConfig(init_lora_weights="eva"), got {config.init_lora_weights!r}')
     settings = config.eva_config
@@ -311,6 +306,19 @@ def initialise_eva(
     ranks = redistribute({name: spectrum.scores(score) for name, spectrum in spectra.items()}, budget)
     values = {name: spectra[name].vectors[:rank].contiguous() for name, rank in ranks.items()}
     initialize_lora_eva_weights(model, eva_state_dict=values, adapter_name=adapter, show_progress_bar=False)
+    return ranks
+
+
+@torch.no_grad()
+def _own_layers_eva(
+    model: torch.nn.Module, batches: Sequence[Batch], center: bool, maximum_batches: int, adapter: str
+) -> dict[str, int]:
+    adapted = {name: m for name, m in model.named_modules() if isinstance(m, AdapterLayer) and m.has_adapter(adapter)}
+    ranks = {name: layer.r[adapter] for name, layer in adapted.items()}
+    spectra = activation_spectra(model, batches, ranks, center, maximum_batches=maximum_batches)
+    for name, layer in adapted.items():
+        vectors = spectra[name].vectors
+        layer.parameter("A", adapter)[: len(vectors)] = vectors.to(layer.parameter("A", adapter))
     return ranks
 
 

@@ -83,9 +83,12 @@ def adapter_parameters(base: Any, method: GlueMethod, model: Encoder) -> int:
     before."""
     from peft import get_peft_model
 
+    config = adapter_config(method, model, head=False)
+    if isinstance(getattr(config, "init_lora_weights", None), str):
+        config.init_lora_weights = True  # PiSSA and its kin would change the base's weights
     with preserved_torch_rng():
         try:
-            wrapped = get_peft_model(base, adapter_config(method, model, head=False))
+            wrapped = get_peft_model(base, config)
         except ValueError as error:
             raise ConfigError(f"method {method.name!r}: {str(error).splitlines()[0]}") from error
         number = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)

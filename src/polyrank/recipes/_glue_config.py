@@ -12,6 +12,7 @@ from ..core.errors import ConfigError, check_choice
 from ..core.structure import from_dict
 from ..data.glue import get_task
 from ..evaluation.glue_metrics import TASK_SCORES
+from ._method_parts import Initialiser, LossChoice, OptimizerChoice
 
 NO_ADAPTER = ("full", "head")
 _COUNTS = (
@@ -86,6 +87,7 @@ class GlueMethod:
         learning_rate: this method's own; the run's `learning_rate` goes before it.
         alpha_per_rank: lora_alpha = alpha_per_rank * r, whatever r is; None: lora_alpha as in `options`.
         match: option that is changed to reach a given number of parameters; a whole number, more of it is larger.
+        initialiser, optimizer, losses: what the method brings beside its adapter, see _method_parts.py.
     """
 
     name: str
@@ -95,8 +97,18 @@ class GlueMethod:
     learning_rate: float = 5e-4
     alpha_per_rank: float | None = None
     match: str = "r"
+    initialiser: Initialiser | None = None
+    optimizer: OptimizerChoice | None = None
+    losses: LossChoice | None = None
 
     def __post_init__(self) -> None:
+        kinds = {"initialiser": Initialiser, "optimizer": OptimizerChoice, "losses": LossChoice}
+        for part, kind in kinds.items():  # a method read back from a run's files
+            if isinstance(getattr(self, part), Mapping):
+                object.__setattr__(self, part, from_dict(kind, getattr(self, part), f"method.{part}"))
+        for part in ("initialiser", "optimizer"):
+            if self.adapter in NO_ADAPTER and getattr(self, part) is not None:
+                raise ConfigError(f"method {self.name!r} ({self.adapter}) has no adapter, so it takes no {part}")
         if not self.learning_rate > 0:
             raise ConfigError(f"method.learning_rate must be positive, got {self.learning_rate}")
         if self.adapter in NO_ADAPTER and self.options:

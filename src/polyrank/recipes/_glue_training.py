@@ -21,6 +21,7 @@ from ..data.glue import PARTS, LabelledText, get_task, read_parts
 from ..evaluation.glue_metrics import task_scores
 from ._glue_adapters import adapter_config, check_targets, count_parameters, matched_method
 from ._glue_config import Encoder, GlueConfig, GlueData, Settings
+from ._method_parts import changes_base, initialise, optimizer_arguments, save_adapter, trainer_class
 from ._training_log import training_log
 
 MARKER = "training.json"
@@ -197,17 +198,22 @@ def trained_model(config: GlueConfig, run_dir: Path) -> tuple[Any, dict[str, Row
     if (run_dir / MARKER).is_file():
         facts = json.loads((run_dir / MARKER).read_text(encoding="utf-8"))
         model = _saved_model(base, folder, config)
-        return make_trainer(config, model, tokenizer, rows, run_dir), rows, facts
+        return make_trainer(config, model, tokenizer, rows, run_dir, training=False), rows, facts
     if config.model.texts == "apart" and get_task(config.data.task).num_classes is None:
         base.start_at(sum(rows["train"].labels) / len(rows["train"]))
     model, config = adapted(config, base, num_steps(config, len(rows["train"]))[0])
+    initialise(config.method.initialiser, model, rows["train"], _collator(config, tokenizer), config.seed)  # type: ignore[arg-type]
+    initial = None
+    if config.method.has_adapter and changes_base(config.method.initialiser, model.peft_config["default"]):
+        initial = run_dir / "training" / "initial"
+        model.save_pretrained(str(initial))
     facts = count_parameters(model, config.model.head_modules)
     trainer = make_trainer(config, model, tokenizer, rows, run_dir)
     facts |= _train(trainer, run_dir / "training", config)
     facts |= {"method": dataclasses.asdict(config.method), "learning_rate": config.rate}
     facts |= {"rows": {part: len(found) for part, found in rows.items()}}
     facts |= {"cut_rows": {part: found.cut for part, found in rows.items()}}
-    trainer.model.save_pretrained(str(folder))
+    save_adapter(trainer.model, folder, initial)
     tokenizer.save_pretrained(str(folder))
     atomic_write(run_dir / MARKER, json.dumps(facts) + "\n")
     shutil.rmtree(run_dir / "training", ignore_errors=True)
@@ -222,10 +228,13 @@ def _saved_model(base: Any, folder: Path, config: GlueConfig) -> Any:
     return type(base).from_pretrained(str(folder))
 
 
-def make_trainer(config: GlueConfig, model: Any, tokenizer: Any, rows: dict[str, Rows], run_dir: Path) -> Any:
-    """transformers' Trainer: AdamW, linear decay after warm-up, validation and a checkpoint every eval_steps."""
+def make_trainer(
+    config: GlueConfig, model: Any, tokenizer: Any, rows: dict[str, Rows], run_dir: Path, training: bool = True
+) -> Any:
+    """transformers' Trainer: AdamW (or the method's optimiser), linear decay after warm-up, validation and a checkpoint
+    every eval_steps. training: False for a trained model that only predicts."""
     import torch
-    from transformers import DataCollatorWithPadding, PrinterCallback, TrainingArguments
+    from transformers import PrinterCallback, TrainingArguments
 
     steps, eval_steps = num_steps(config, len(rows["train"]))
     bf16 = use_bf16(config.bf16)
@@ -258,21 +267,33 @@ def make_trainer(config: GlueConfig, model: Any, tokenizer: Any, rows: dict[str,
         remove_unused_columns=False,
         label_names=["labels"],
     )
-    if config.model.texts == "apart":
-        from ._sentence_head import ApartCollator as Collator
-    else:
-        Collator = DataCollatorWithPadding
-    trainer = _trainer_class(config.model)(
+    kind, more = _trainer_class(config.model), {}
+    if training:
+        task = "regression" if get_task(config.data.task).num_classes is None else "classification"
+        kind, more = trainer_class(config.method.losses, kind, task)
+        more |= optimizer_arguments(config.method.optimizer, model, config.rate, config.weight_decay)
+    trainer = kind(
         model=model,
         args=arguments,
         train_dataset=rows["train"],
         eval_dataset=rows["validation"],
-        data_collator=Collator(tokenizer),
+        data_collator=_collator(config, tokenizer),
         compute_metrics=_validation_scores(config),
         callbacks=[training_log(run_dir / "metrics.jsonl", steps)],
+        **more,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _collator(config: GlueConfig, tokenizer: Any) -> Any:
+    if config.model.texts == "apart":
+        from ._sentence_head import ApartCollator
+
+        return ApartCollator(tokenizer)
+    from transformers import DataCollatorWithPadding
+
+    return DataCollatorWithPadding(tokenizer)
 
 
 def _trainer_class(encoder: Encoder) -> Any:

@@ -40,11 +40,11 @@ def scratch_folder(scratch: Scratch, sentences: Sequence[str], cache: Path) -> s
         learning_rate=scratch.learning_rate,
         warmup_steps=scratch.num_steps // 10,
     )
-    seconds = train(plan, scratch.learning_rate, model, tokenizer, rows, folder, seed=0)
+    spent = train(plan, scratch.learning_rate, model, tokenizer, rows, folder, seed=0)
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
     shutil.rmtree(folder / "training", ignore_errors=True)
-    facts = {"time_s": seconds, "rows": len(rows), "dropped_rows": rows.dropped}
+    facts = {**spent, "rows": len(rows), "dropped_rows": rows.dropped}
     atomic_write(folder / "built.json", json.dumps(facts) + "\n")
     return str(folder)
 

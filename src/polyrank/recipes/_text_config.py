@@ -97,8 +97,8 @@ class Optimization:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextSettings(Optimization):
-    """Everything but the data.
+class TextShared(Optimization):
+    """Everything but the data, the method and the seed.
 
     Attributes:
         match_parameters, match_lora_rank: as in recipe glue: the method's size is changed to reach this number of
@@ -110,8 +110,6 @@ class TextSettings(Optimization):
     """
 
     model: TextModel
-    method: GlueMethod
-    seed: int = 0
     match_parameters: int | None = None
     match_lora_rank: int | None = None
     max_length: int = 512
@@ -133,6 +131,17 @@ class TextSettings(Optimization):
             raise ConfigError(f"no_repeat_ngram_size must not be negative, got {self.no_repeat_ngram_size}")
         if self.match_parameters is not None and self.match_lora_rank is not None:
             raise ConfigError("give match_parameters or match_lora_rank, not both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextSettings(TextShared):
+    """Everything but the data."""
+
+    method: GlueMethod
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.method.adapter == "head":
             raise ConfigError("method 'head' trains a new classifier; a language model has none")
 

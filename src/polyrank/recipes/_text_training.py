@@ -17,6 +17,9 @@ from ..data.causal_lm import EncodedPairs, TextPair, encode_pairs, encode_prompt
 from ..evaluation.decoding import check_room
 from ._e2e_training import MARKER, base_folder, load_base, load_tokenizer
 from ._glue_adapters import adapter_config, check_targets, matched_method
+from ._glue_config import GlueMethod
+from ._method_parts import changes_base, initialise, optimizer_arguments, save_adapter, trainer_class
+from ._model_preparation import PROCEDURES, Place, base_trainer, lora_part, prepare
 from ._scratch_model import scratch_folder
 from ._text_config import Optimization, TextSettings
 from ._training_log import training_log
@@ -64,36 +67,46 @@ def trained_model(
     `run_dir` gets adapter/ (PEFT folder and tokenizer; model/ for full fine-tuning) with training.json as the sign that
     it is whole, training/ (Trainer's checkpoints, removed at the end) and metrics.jsonl.
     """
-    from peft import PeftModel, get_peft_model
+    from peft import PeftModel
 
     import polyrank  # noqa: F401  registers the adapter methods
 
     folder = run_dir / ("adapter" if config.method.has_adapter else "model")
+    rows = encode_pairs(tokenizer, pairs, config.max_length)
+    steps = config.num_steps or (config.num_epochs or 1) * -(-len(rows) // config.batch_size)
+    procedure, place = PROCEDURES.get(config.method.adapter), Place(run_dir, steps, rows, tokenizer)
     if (folder / MARKER).is_file():
         facts = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        if procedure is not None:
+            return procedure.reopen(base, place).eval(), facts
         if config.method.has_adapter:
             return PeftModel.from_pretrained(base, str(folder)).eval(), facts
         return type(base).from_pretrained(str(folder)).eval(), facts
-    rows = encode_pairs(tokenizer, pairs, config.max_length)
-    model = base
+    model, initial = base, None
     if config.method.has_adapter:
         check_targets(base, config.model.target_modules, "model.target_modules")
-        method = matched_method(config, base)  # type: ignore[arg-type]
-        config = dataclasses.replace(
-            config, method=dataclasses.replace(method, options={**method.options, "task_type": "CAUSAL_LM"})
-        )
+        matched = matched_method(config, base, lora_part(config.method))  # type: ignore[arg-type]
+        options = {**config.method.options, **matched.options, "task_type": "CAUSAL_LM"}
+        config = dataclasses.replace(config, method=dataclasses.replace(config.method, options=options))
+        plain = lora_part(config.method)
         seed_everything(derive_seed(config.seed, "adapter"))
         try:
-            steps = config.num_steps or (config.num_epochs or 1) * -(-len(rows) // config.batch_size)
-            adapter = adapter_config(config.method, config.model, head=False, num_steps=steps)  # type: ignore[arg-type]
-            model = get_peft_model(base, adapter)
+            adapter = adapter_config(plain, config.model, head=False, num_steps=steps)  # type: ignore[arg-type]
+            model = prepare(config.method, base, adapter, place)
+            initialise(config.method.initialiser, model, rows, padding_collator(tokenizer), config.seed)  # type: ignore[arg-type]
         except ValueError as error:
             raise ConfigError(f"method {config.method.name!r}: {str(error).splitlines()[0]}") from error
+        if changes_base(config.method.initialiser, adapter):
+            initial = run_dir / "training" / "initial"
+            model.save_pretrained(str(initial))
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    seconds = train(config, config.rate, model, tokenizer, rows, run_dir, config.seed)
-    model.save_pretrained(str(folder))
+    spent = train(config, config.rate, model, tokenizer, rows, run_dir, config.seed, config.method)
+    if procedure is not None:
+        model = procedure.finish(model, base, place)
+    else:
+        save_adapter(model, folder, initial)
     tokenizer.save_pretrained(str(folder))
-    facts = {"time_s": seconds, "rows": len(rows), "dropped_rows": rows.dropped, "trainable_parameters": parameters}
+    facts = {**spent, "rows": len(rows), "dropped_rows": rows.dropped, "trainable_parameters": parameters}
     facts |= {"method": dataclasses.asdict(config.method), "learning_rate": config.rate}
     atomic_write(folder / MARKER, json.dumps(facts) + "\n")
     shutil.rmtree(run_dir / "training", ignore_errors=True)
@@ -101,11 +114,22 @@ def trained_model(
 
 
 def train(
-    plan: Optimization, rate: float, model: Any, tokenizer: Any, rows: EncodedPairs, run_dir: Path, seed: int
-) -> float:
-    """Train to the plan's end; returns seconds, those of earlier sittings up to the checkpoint included."""
+    plan: Optimization,
+    rate: float,
+    model: Any,
+    tokenizer: Any,
+    rows: EncodedPairs,
+    run_dir: Path,
+    seed: int,
+    method: GlueMethod | None = None,
+) -> dict[str, Any]:
+    """Train to the plan's end, with the method's own optimiser and losses.
+
+    Returns: time_s, with earlier sittings up to the checkpoint; with a method also step_time_s (median of this sitting)
+    and peak_memory_bytes, each None where too few steps were left to measure.
+    """
     import torch
-    from transformers import PrinterCallback, Trainer, TrainingArguments
+    from transformers import PrinterCallback, TrainingArguments
 
     from ..hypotheses.checkpoint import newest_complete
 
@@ -135,10 +159,14 @@ def train(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
-    log = training_log(run_dir / "metrics.jsonl", steps)
+    log = training_log(run_dir / "metrics.jsonl", steps, memory=method is not None)
+    kind, more = trainer_class(method.losses if method else None, base_trainer(model), "generation")
+    more |= optimizer_arguments(method.optimizer if method else None, model, rate, plan.weight_decay)
     collator = padding_collator(tokenizer)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[log])
+    trainer = kind(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[log], **more)
     trainer.remove_callback(PrinterCallback)
     last = newest_complete(str(folder)) if folder.is_dir() else None
     trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
-    return log.train_s
+    if method is None:
+        return {"time_s": log.train_s}
+    return {"time_s": log.train_s, "step_time_s": log.step_time_s, "peak_memory_bytes": log.peak_memory_bytes}

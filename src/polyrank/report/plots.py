@@ -87,7 +87,6 @@ def _points(table: Table, x: Column, y: Column) -> list[tuple[TableRow, Any, Any
         item
         for item in found
         if all(cell.mean is not None and math.isfinite(cell.mean) for cell in item[1:])
-        and (x.metric.role != "cost" or item[1].mean >= 0)
     ]
 
 

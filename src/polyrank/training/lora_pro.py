@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from ..adapters._lora_layers import method_name
 from ..core.errors import CheckpointError, ConfigError, check_choice
 
 MOMENTS = ("full", "factor")
@@ -111,7 +112,7 @@ def lora_pro_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
 
     Whatever else: heads, biases, and LoRA on embeddings, whose gradients are sparse rows.
 
-    Raises: ConfigError if the model has no trainable LoRA factors.
+    Raises: ConfigError if the model has no trainable LoRA factors, with the reason where its method is known.
     """
     groups: list[dict[str, Any]] = []
     paired: set[int] = set()
@@ -119,9 +120,26 @@ def lora_pro_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
         groups.append({"params": [A, B], "lora_scale": scale, "lora_name": name})
         paired |= {id(A), id(B)}
     if not groups:
-        raise ConfigError("LoRA-Pro needs LoRA factors A and B; the model has none that are trained")
+        raise ConfigError(f"{_pair(model)} needs LoRA factors A and B; the model has none that are trained")
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in paired]
     return groups + ([{"params": rest, "lora_scale": None, "lora_name": ""}] if rest else [])
+
+
+_OTHERS = {
+    "DYLORA": "its factors are cut to another rank, with another scale, at every step",
+    "ALLORA": "it changes the gradients of A and B itself",
+    "CODYRA": "its gates between B and A are trained with them",
+    "LORMA": "it multiplies the weight instead of adding to it",
+    "SARA": "it trains entries of the weight itself",
+}
+
+
+def _pair(model: torch.nn.Module) -> str:
+    """LoRA-Pro, and why it does not go with the adapter that the model has."""
+    for name in (method_name(model, adapter) for adapter in getattr(model, "peft_config", {})):
+        reason = _OTHERS.get(name, "its update is no product of two factors")
+        return f"LoRA-Pro does not combine with {name} ({reason}): it"
+    return "LoRA-Pro"
 
 
 class _LoraPro(torch.optim.Optimizer):

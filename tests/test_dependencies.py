@@ -27,9 +27,6 @@ def test_every_dependency_has_its_reason():
 def test_constraints_pin_each_of_them():
     pinned = {plain(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    tested = [
-        *project["dependencies"],
-        *project["optional-dependencies"]["dev"],
-        *project["optional-dependencies"]["retrieval"],
-    ]
+    extras = project["optional-dependencies"]
+    tested = [*project["dependencies"], *extras["dev"], *extras["retrieval"]]
     assert {plain(one) for one in tested} - pinned == set()

@@ -13,7 +13,14 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from polyrank.adapters.sara import SaraConfig, checksum, nuclear_penalty, suggested_learning_rate
+from polyrank.adapters.sara import (
+    NO_LOSS,
+    SaraConfig,
+    checksum,
+    nuclear_penalty,
+    suggested_learning_rate,
+    warn_once,
+)
 from polyrank.core.errors import CheckpointError, ConfigError
 
 
@@ -194,6 +201,21 @@ def test_penalty_is_in_the_models_loss():
     torch.testing.assert_close((trained - plain).double(), nuclear_penalty(model), rtol=1e-5, atol=1e-6)
     with torch.no_grad():
         torch.testing.assert_close(model.train()(ids, labels=ids).loss, plain)
+
+
+def test_a_penalty_that_is_lost_is_said_once(caplog):
+    """A Trainer that smooths labels asks the model for logits alone and makes the loss itself."""
+    sizes = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, attention_dropout=0.0))
+    config = SaraConfig(threshold=0.01, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model, ids = get_peft_model(base, config), torch.randint(0, 11, (2, 5))
+    warn_once.cache_clear()
+    model.eval()(ids)
+    model.train()(ids, labels=ids)
+    assert not caplog.records
+    for _ in range(2):
+        model.train()(ids)
+    assert [record.getMessage() for record in caplog.records] == [NO_LOSS]
 
 
 # -- re-selection ---------------------------------------------------------------------------------------------------

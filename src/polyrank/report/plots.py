@@ -83,11 +83,7 @@ def draw_png(plot: Plot) -> bytes:
 def _points(table: Table, x: Column, y: Column) -> list[tuple[TableRow, Any, Any]]:
     i, j = table.columns.index(x), table.columns.index(y)
     found = [(row, row.cells[i], row.cells[j]) for row in table.rows]
-    return [
-        item
-        for item in found
-        if all(cell.mean is not None and math.isfinite(cell.mean) for cell in item[1:])
-    ]
+    return [item for item in found if all(cell.mean is not None and math.isfinite(cell.mean) for cell in item[1:])]
 
 
 def _draw(plot: Plot) -> Any:

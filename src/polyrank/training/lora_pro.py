@@ -131,6 +131,7 @@ _OTHERS = {
     "CODYRA": "its gates between B and A are trained with them",
     "LORMA": "it multiplies the weight instead of adding to it",
     "SARA": "it trains entries of the weight itself",
+    "L4Q": "its update is quantised together with the weight",
 }
 
 

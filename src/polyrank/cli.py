@@ -235,7 +235,7 @@ def _parser() -> _Parser:
 
     report = added["report"]
     report.add_argument("results", nargs="+", metavar="RESULT", help="result files, or folders of them")
-    report.add_argument("-o", "--out", required=True, metavar="FILE", help="FILE.html or FILE.md")
+    report.add_argument("-o", "--out", required=True, metavar="FILE", help="FILE.html, .md, .tex or .csv")
     report.add_argument("--title", default="", help="of the page")
 
     add_verbs(added["gpl"], _whole, _positive)

@@ -82,7 +82,7 @@ MISTAKES = {
     "inspect absent": "absent: no such file or folder",
     "inspect results": "holds no adapter",
     "inspect predictions.jsonl": "predictions.jsonl is no safetensors file",
-    "report results -o report.pdf": "a report ends with .html or .md, got 'report.pdf'",
+    "report results -o report.pdf": "a report ends with .html, .md, .tex or .csv, got 'report.pdf'",
     "report absent.json -o r.html": "absent.json: no such file",
     "report predictions.jsonl -o r.html": "predictions.jsonl: not valid JSON",
     "report results": "the following arguments are required: -o/--out",

@@ -146,7 +146,7 @@ def test_markdown_has_the_same_table_and_no_markup_of_others(results, tmp_path):
 
 
 def test_mistakes(results, tmp_path):
-    with pytest.raises(ConfigError, match=r"ends with .html or .md, got '.*report.pdf'"):
+    with pytest.raises(ConfigError, match=r"ends with .html, .md, .tex or .csv, got '.*report.pdf'"):
         write_report([results], tmp_path / "report.pdf")
     with pytest.raises(DataError, match="no result files given"):
         write_report([], tmp_path / "report.html")

@@ -1,0 +1,194 @@
+"""Recipes audio_captioning and image_captioning on tiny models of the real classes: sounds and images made here."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from polyrank.core.errors import ConfigError
+from polyrank.core.files import read_json_lines
+from polyrank.core.records import read_record
+from polyrank.evaluation.metrics import read_predictions
+from polyrank.recipes._caption_media import CaptionRows, MediaCoder, MediaExample, caption_nll, clean_caption
+from polyrank.recipes.run import run_recipe
+
+soundfile = pytest.importorskip("soundfile")
+pytest.importorskip("h5py")
+SMALL = ["model.small.width=16", "model.small.heads=2", "model.small.num_steps=2", "model.small.vocabulary=300",
+         "num_steps=3", "batch_size=2", "rank=2", "num_hypotheses=2", "max_new_tokens=5", "decode_batch_size=2",
+         "metrics=[oracle_rouge_l]", "num_decodings=1", "save_every=2", "run_name=run"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clotho(tmp_path_factory):
+    """Clotho's layout: six clips (stereo, 8 kHz, one of zero length, one that is no sound), two for the test."""
+    folder = tmp_path_factory.mktemp("clotho")
+    draw = np.random.default_rng(0)
+    for split, names in (("development", "abcdef"), ("evaluation", "xy")):
+        (folder / split).mkdir()
+        lines = ["file_name,caption_1,caption_2"]
+        for i, name in enumerate(names):
+            lines.append(f"{name}.wav,a sound of {name},the noise {name} makes")
+            samples = draw.normal(size=(800 + 100 * i, 2)).astype(np.float32) * 0.1
+            soundfile.write(folder / split / f"{name}.wav", samples, 8_000 if i % 2 else 16_000)
+        (folder / f"clotho_captions_{split}.csv").write_text("\n".join(lines) + "\n")
+    (folder / "development" / "c.wav").write_bytes(b"no sound")
+    soundfile.write(folder / "development" / "d.wav", np.zeros((0, 1), np.float32), 16_000)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Seven photographs, one of which does not open."""
+    folder = tmp_path_factory.mktemp("photos")
+    lines = []
+    for i in range(7):
+        split = "test" if i < 2 else "train"
+        Image.effect_noise((40 + i, 50 - i), 60).save(folder / f"{i}.png")
+        lines.append(json.dumps({"file": f"{i}.png", "caption": f"a photo of thing {i}", "split": split}))
+    (folder / "4.png").write_bytes(b"no image")
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def audio(clotho, runs_dir, *more):
+    return ["recipe=audio_captioning/small", "data=clotho", f"data.path={clotho}", "data.validation=null",
+            "data.max_seconds=1", "model.small.seconds=1", f"runs_dir={runs_dir}", f"cache_dir={clotho}/cache", *SMALL,
+            *more]  # fmt: skip
+
+
+def image(photos, runs_dir, *more):
+    return ["recipe=image_captioning/small", f"data.path={photos}", f"runs_dir={runs_dir}", f"cache_dir={photos}/cache",
+            *SMALL, *more]  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["mle", "mcl", "mcl_relaxed", "moe"])
+def test_audio_from_files_to_result(clotho, tmp_path, method):
+    decodings = ["num_decodings=null", "decodings=[{name: a, method: moe_expert}]"] if method == "moe" else []
+    done = run_recipe(audio(clotho, tmp_path, f"method={method}", *decodings))
+    record = read_record(done.run_dir / "result.json")
+    assert record.details["skipped_sounds"] == {"train": 2, "test": 0}
+    name = "clotho_dev_resample_mean_raw_ident_raw.hdf"
+    skipped = read_json_lines(clotho / "cache" / "packs" / f"{name}.skipped.jsonl")
+    assert [item["fname"] for item in skipped] == ["c.wav", "d.wav"]
+    rows = read_predictions(done.run_dir)
+    assert [row.id for row in rows] == ["x.wav", "y.wav"]
+    assert {len(row.candidates) for row in rows} == {2}
+    assert rows[0].references == ("a sound of x", "the noise x makes")
+    figures = record.rows[0].figures
+    assert {"oracle_rouge_l", "oracle_bleu", "mbleu_4", "mixture_nll"} <= figures.keys()
+    if method.startswith("mcl"):
+        assert len(rows[0].nll[0]) == 2
+        assert figures["oracle_nll"] <= figures["mixture_nll"] <= figures["oracle_nll"] + np.log(2)
+
+
+@pytest.mark.parametrize("method", ["mle", "mcl"])
+def test_validation_after_every_epoch_keeps_the_best(clotho, tmp_path, method):
+    more = ["patience=1", "num_steps=null", "num_epochs=3", "learning_rate=0.5", "max_grad_norm=0.0"]
+    more += ["data.validation=clotho_captions_evaluation.csv", "data.audio.validation=evaluation"]
+    done = run_recipe(
+        [
+            t
+            for t in audio(clotho, tmp_path, f"method={method}")
+            if t != "num_steps=3" and not t.startswith("data.validation")
+        ]
+        + more
+    )
+    lines = read_json_lines(done.run_dir / "metrics.jsonl")
+    losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
+    assert 2 <= len(losses) <= 3
+    row = read_record(done.run_dir / "result.json").rows[0]
+    assert np.isfinite(row.figures["oracle_nll"])
+
+
+@pytest.mark.parametrize("method", ["mle_wide", "mcl"])
+def test_images_from_files_to_result(photos, tmp_path, method):
+    done = run_recipe(image(photos, tmp_path, f"method={method}"))
+    record = read_record(done.run_dir / "result.json")
+    assert record.details["skipped_images"] == {"train": 1, "test": 0}
+    assert [item["id"] for item in read_json_lines(done.run_dir / "skipped-train.jsonl")] == ["4.png"]
+    rows = read_predictions(done.run_dir)
+    assert [row.id for row in rows] == ["0.png", "1.png"]
+    assert rows[0].references == ("a photo of thing 0",)
+    assert {len(row.candidates) for row in rows} == {2}
+
+
+def test_an_interrupted_evaluation_decodes_what_is_missing_alone(photos, tmp_path, monkeypatch):
+    from polyrank.recipes import _caption_media
+
+    done = run_recipe(image(photos, tmp_path, "decode_batch_size=1"))
+    path = done.run_dir / "predictions.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole.splitlines(keepends=True)[0] + b'{"id": "1.p')
+    for name in ("result.json", "finished"):
+        (done.run_dir / name).unlink()
+    decode, calls = _caption_media.decode_inputs, []
+    monkeypatch.setattr(_caption_media, "decode_inputs", lambda *a, **k: calls.append(1) or decode(*a, **k))
+    run_recipe(image(photos, tmp_path, "decode_batch_size=1"))
+    assert len(calls) == 1
+    assert path.read_bytes() == whole
+
+
+def test_bad_settings_are_named(photos, clotho, tmp_path):
+    for overrides, message in (
+        (image(photos, tmp_path, "data.prompt='no image'"), "data.prompt must hold <image> once"),
+        (image(photos, tmp_path, "model.name_or_path=x"), "name_or_path .* or small, not both"),
+        (audio(clotho, tmp_path, "~data.audio.test"), r"data\.audio\.test: the folder"),
+        (audio(clotho, tmp_path, "data.max_seconds=0"), r"data\.max_seconds must be positive"),
+        (audio(clotho, tmp_path, "model.small.heads=3"), "even multiple of its 3 heads"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            run_recipe(overrides)
+
+
+def test_a_candidate_is_cleaned():
+    assert clean_caption("a\\ dog_and\n 一只狗 a cat ") == "a dog and a cat"
+
+
+def example(name, captions):
+    return MediaExample(name, lambda: None, captions)
+
+
+def test_one_caption_an_epoch_is_drawn_anew_and_the_same_after_a_resume():
+    examples = [example(str(i), tuple("abcde")) for i in range(40)]
+    rows = CaptionRows(examples, one_per_epoch=True, seed=1)
+    first = [rows[i]["target"] for i in range(40)]
+    assert first == [rows[i]["target"] for i in range(40)]
+    assert set(first) == set("abcde")
+    rows.epoch = 1
+    second = [rows[i]["target"] for i in range(40)]
+    assert sum(a != b for a, b in zip(first, second, strict=True)) > 20
+    assert len(CaptionRows(examples, one_per_epoch=False, seed=1)) == 200
+
+
+def test_rows_of_a_batch_are_what_each_is_alone():
+    """Padding changes nothing: loss and NLL of a row are those of a batch with that row only, and of a plain loop."""
+    from polyrank.recipes._caption_small_media import AUDIO, SmallMedia, qwen2_audio
+    from polyrank.recipes._scratch_model import build_tokenizer
+
+    prompt = f"{AUDIO[1]}{AUDIO[0]}{AUDIO[2]}Caption: "
+    tokenizer = build_tokenizer([prompt, "a dog barks", "rain"], 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(AUDIO)})
+    torch.manual_seed(0)
+    model, processor = qwen2_audio(SmallMedia(width=16, heads=2, seconds=1), tokenizer)
+    model.eval()
+    coder = MediaCoder(processor, "audio", prompt)
+    draw = np.random.default_rng(0)
+    sounds = [draw.normal(size=n).astype(np.float32) for n in (4_000, 9_000)]
+    examples = [MediaExample(str(i), lambda s=s: s, ()) for i, s in enumerate(sounds)]
+    texts = ["a dog barks at the rain", "rain"]
+    together, tokens = caption_nll(model, coder, examples, texts, None)
+    alone = [caption_nll(model, coder, [e], [t], None)[0][0] for e, t in zip(examples, texts, strict=True)]
+    assert together == pytest.approx(alone, rel=1e-4)
+    batch = coder.rows(examples, texts)
+    assert (batch["labels"] != -100).sum(1).tolist() == tokens
+    assert batch["labels"][0][batch["labels"][0] != -100][-1] == tokenizer.eos_token_id
+    with torch.no_grad():
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits
+    slow = 0.0
+    for t in range(1, batch["labels"].shape[1]):
+        if (label := int(batch["labels"][0, t])) != -100:
+            slow -= float(logits[0, t - 1].log_softmax(-1)[label])
+    assert together[0] == pytest.approx(slow, rel=1e-4)

@@ -21,6 +21,6 @@ def test_names_a_user_types():
 
     typed = {
         *("MclConfig", "MclModel", "MclTrainer", "generate_hypotheses", "export_hypotheses", "import_hypotheses"),
-        *("LsrConfig", "LormaConfig", "get_peft_mcl", "MCLTrainer", "patch_peft_for_mcl"),
+        *("LsrConfig", "LormaConfig", "L4qConfig", "MoeConfig", "get_peft_mcl", "MCLTrainer", "patch_peft_for_mcl"),
     }
     assert typed <= set(polyrank.__all__)

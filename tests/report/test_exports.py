@@ -1,6 +1,7 @@
 """LaTeX and CSV of a small record, checked by hand."""
 
 import csv
+import dataclasses
 import io
 
 import pytest
@@ -54,6 +55,6 @@ def test_files_by_their_ending(table, tmp_path):
     assert written.read_text() == latex_table(table)
     (written,) = write_report([result], tmp_path / "table.csv")
     assert written.read_text() == csv_table(table)
-    other = write_record(table.record, tmp_path / "other" / "result.json")
-    with pytest.raises(ConfigError, match=r"a .csv holds one result, got 2: small, small"):
+    other = write_record(dataclasses.replace(table.record, name="other"), tmp_path / "other.json")
+    with pytest.raises(ConfigError, match=r"a .csv holds one result, got 2: small, other"):
         write_report([result, other], tmp_path / "table.csv")

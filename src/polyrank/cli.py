@@ -196,7 +196,21 @@ def _parser() -> _Parser:
 
     evaluate = added["evaluate"]
     evaluate.add_argument("source", metavar="RUN|predictions.jsonl")
-    evaluate.add_argument("--metrics", metavar="A,B", help="only these (default: all that the predictions allow)")
+    evaluate.add_argument(
+        "--metrics",
+        metavar="A,B",
+        help="only these, or presets: caption, translation, diversity, likelihood, e2e, webnlg"
+        " (default: all that the predictions allow)",
+    )
+    evaluate.add_argument(
+        "--model",
+        action="append",
+        metavar="KIND=FOLDER",
+        help="model of a metric: sbert, bertscore, fluency, spice; may be given several times",
+    )
+    evaluate.add_argument(
+        "--skipped", metavar="FILE", help="leave incomplete inputs out and list them there (default: an error)"
+    )
 
     generate = added["generate"]
     _add_source(generate)

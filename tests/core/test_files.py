@@ -9,7 +9,7 @@ import pytest
 
 from polyrank.core import files
 from polyrank.core.errors import DataError, RunError
-from polyrank.core.files import append_json_line, atomic_path, atomic_write, read_json_lines, sha256
+from polyrank.core.files import append_json_line, atomic_path, atomic_write, full_disk_is_said, read_json_lines, sha256
 
 
 def test_atomic_write_replaces_and_leaves_nothing_beside_it(tmp_path):
@@ -116,3 +116,37 @@ def test_folder_hash_sees_names_and_contents(tmp_path):
     assert len(digests) == 3
     with pytest.raises(DataError, match="no such file"):
         sha256(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+    ],
+)
+def test_a_full_disk_that_another_library_met_is_a_run_error(error):
+    def save():
+        try:
+            raise error
+        except Exception as first:
+            raise ValueError("saving failed") from first
+
+    with pytest.raises(RunError, match=r"could not write in run: the disk is full .* goes on from there"):
+        with_a_word(save)
+
+
+def with_a_word(save):
+    with full_disk_is_said("run"):
+        save()
+
+
+@pytest.mark.parametrize("error", [ValueError("something else"), RunError("mine")])
+def test_other_errors_pass_as_they_are(error):
+    def save():
+        raise error
+
+    with pytest.raises(type(error), match=str(error)) as raised:
+        with_a_word(save)
+    assert raised.value is error

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from polyrank.core.errors import CheckpointError, ConfigError, DataError
+from polyrank.core.errors import CheckpointError, ConfigError, DataError, RunError
 from polyrank.core.files import sha256
 from polyrank.recipes import _gpl_training
 from polyrank.recipes._gpl_config import GplConfig
@@ -409,3 +409,27 @@ def test_learning_rate_by_what_is_trained():
     assert GplConfig(corpus=Path("c")).rate == 1e-3
     assert GplConfig(corpus=Path("c"), adapter="full").rate == 2e-5
     assert GplConfig(corpus=Path("c"), adapter="full", learning_rate=1e-4).rate == 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kilobytes", [16, 64, 160])
+def test_a_full_disk_ends_in_one_line_and_the_run_goes_on_when_there_is_room(tmp_path, corpus, encoder, kilobytes):
+    """A file system that is full in the middle of the stages, or of training, where this process may mount one."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={kilobytes}k", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True, timeout=30).returncode:
+        pytest.skip("no permission to mount")
+    config = config_of(corpus, encoder)
+    try:
+        with pytest.raises(RunError, match="disk is full"):
+            run_gpl(config, small / "run")
+        subprocess.run(["mount", "-o", "remount,size=64m", str(small)], check=True, timeout=30)
+        done = run_gpl(config, small / "run")
+        whole = run_gpl(config, tmp_path / "whole")
+        for name in ("corpus", "queries", "labels", "tuples"):
+            stages = [getattr(run.prepared, name) for run in (done, whole)]
+            assert len({sha256(stage.folder / "rows.jsonl") for stage in stages}) == 1
+        assert sha256(done.weights / "adapter_model.safetensors") == sha256(whole.weights / "adapter_model.safetensors")
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True, timeout=30)  # lazily: files of it may be open

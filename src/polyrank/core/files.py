@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError, RunError
+from .errors import DataError, PolyrankError, RunError
 
 _log = logging.getLogger("polyrank")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
@@ -179,6 +179,36 @@ def _write_failure(path: Path, error: OSError) -> str:
     reason = "the disk is full" if error.errno in _FULL else (error.strerror or str(error)).lower()
     hint = "; free some space and run the same command again" if error.errno in _FULL else ""
     return f"could not write {path}: {reason} (what was there before is intact){hint}"
+
+
+@contextmanager
+def full_disk_is_said(folder: str | Path) -> Iterator[None]:
+    """Work that writes into `folder` through other libraries: what they raise on a full disk becomes a RunError.
+
+    safetensors and torch tell a full disk from other failures by their messages alone.
+    """
+    try:
+        yield
+    except PolyrankError:
+        raise
+    except Exception as error:
+        if _is_full_disk(error):
+            raise RunError(
+                f"could not write in {folder}: the disk is full (what was whole before is intact); free some space and"
+                " run the same command again, it goes on from there"
+            ) from error
+        raise
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    """Whether this error, or one that it came from, says that no space is left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            return True
+        if any(text in str(error) for text in ("os error 28", "No space left on device", "PytorchStreamWriter failed")):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _umask() -> int:

@@ -73,19 +73,35 @@ def list_command(args: Namespace) -> None:
 
 
 def evaluate_command(args: Namespace) -> None:
-    from ..evaluation.metrics import METRICS, evaluate_predictions
+    from ..evaluation.metrics import METRICS, evaluate
 
     names = [name.strip() for name in args.metrics.split(",") if name.strip()] if args.metrics else None
-    figures = evaluate_predictions(args.source, names)
+    models, skipped = _models(getattr(args, "model", None) or ()), getattr(args, "skipped", None)
+    found = evaluate(args.source, names, models=models, skipped=skipped, progress=not getattr(args, "quiet", False))
+    for reason in dict.fromkeys(found.left_out.values()):
+        metrics = [name for name, why in found.left_out.items() if why == reason]
+        _log.warning("left out %s: needs %s", ", ".join(metrics), reason)
+    if found.skipped:
+        _log.warning("skipped %d incomplete inputs; they are listed in %s", len(found.skipped), skipped)
     if args.json:
-        _print_json({"source": args.source, **figures})
+        more = {"left_out": found.left_out} if found.left_out else {}
+        more |= {"num_skipped": len(found.skipped)} if skipped is not None else {}
+        _print_json({"source": args.source, **found.figures, **more})
         return
     rows = [["metric", "value", "unit", "better"]]
-    for name, value in figures.items():
+    for name, value in found.figures.items():
         metric = METRICS.get(name) if name in METRICS else None
         shown = ", ".join(f"{item:.4f}" for item in value) if isinstance(value, Sequence) else f"{value:g}"
         rows.append([name, shown, metric.unit if metric else "", metric.better if metric else ""])
     print_rows(rows)
+
+
+def _models(given: Sequence[str]) -> dict[str, str]:
+    """KIND=PLACE, several times, as a mapping. Raises ConfigError for anything else."""
+    for text in given:
+        if "=" not in text:
+            raise ConfigError(f"--model {text}: write KIND=FOLDER, for instance sbert=models/paraphrase-TinyBERT-L6-v2")
+    return dict(text.split("=", 1) for text in given)
 
 
 def generate_command(args: Namespace) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..core.files import sha256
+from ..core.files import full_disk_is_said, sha256
 from ..core.provenance import portable
 from ..retrieval.dense import is_normalised, load_encoder
 from ..retrieval.store import Store, stage_key
@@ -59,17 +59,18 @@ def run_gpl(config: GplConfig, run_dir: str | Path, scorer: Score | None = None)
     Raises: DataError, ConfigError for what cannot be used; RunError if a file cannot be written.
     """
     run_dir = Path(run_dir)
-    store = Store(run_dir, config.engine, config.workers)
-    store.describe("settings", portable(dataclasses.asdict(config)))
-    normalised = config.similarity == "cosine" or is_normalised(load_encoder(config.encoder))
-    prepared = prepare(config, store, normalised, scorer)
-    key = training_key(config, prepared)
-    facts = train(config, prepared, run_dir / "stages" / f"training-{key[:12]}", run_dir / "metrics.jsonl")
-    facts |= {"tuples": prepared.tuples.counts["rows"]}
-    weights = place(run_dir / "stages" / f"training-{key[:12]}" / "weights", run_dir, config.adapter == FULL)
-    store.describe("training", {"key": key[:12], **facts, "weights": weights.name})
-    _log.info("%s: %d of %d parameters trained", weights, facts["trainable_parameters"], facts["parameters"])
-    return GplRun(run_dir, weights, prepared, facts)
+    with full_disk_is_said(run_dir):
+        store = Store(run_dir, config.engine, config.workers)
+        store.describe("settings", portable(dataclasses.asdict(config)))
+        normalised = config.similarity == "cosine" or is_normalised(load_encoder(config.encoder))
+        prepared = prepare(config, store, normalised, scorer)
+        key = training_key(config, prepared)
+        facts = train(config, prepared, run_dir / "stages" / f"training-{key[:12]}", run_dir / "metrics.jsonl")
+        facts |= {"tuples": prepared.tuples.counts["rows"]}
+        weights = place(run_dir / "stages" / f"training-{key[:12]}" / "weights", run_dir, config.adapter == FULL)
+        store.describe("training", {"key": key[:12], **facts, "weights": weights.name})
+        _log.info("%s: %d of %d parameters trained", weights, facts["trainable_parameters"], facts["parameters"])
+        return GplRun(run_dir, weights, prepared, facts)
 
 
 def training_key(config: GplConfig, prepared: Prepared) -> str:

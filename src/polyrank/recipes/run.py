@@ -17,14 +17,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
 from ..core.errors import ConfigError, RunError
-from ..core.files import atomic_write, parse_json, read_bytes
+from ..core.files import atomic_write, full_disk_is_said, parse_json, read_bytes
 from ..core.provenance import code_state, portable
 from ._compose import CONF, Composed, check_overrides, compose, hydra_errors, search_path, settle
 from ._registry import get_recipe
@@ -135,10 +135,12 @@ def execute(composed: Composed, overrides: Sequence[str], *, fresh: bool = False
                 _log.info("running in %s", run_dir)
         start = time.perf_counter()
         try:
-            recipe(composed.settings, run_dir)
+            with full_disk_is_said(run_dir):
+                recipe(composed.settings, run_dir)
         except Exception:
             if first_rank:
-                atomic_write(run_dir / "error.txt", traceback.format_exc())
+                with suppress(RunError):  # a full disk takes no report of itself
+                    atomic_write(run_dir / "error.txt", traceback.format_exc())
             raise
         if first_rank:
             (run_dir / "error.txt").unlink(missing_ok=True)

@@ -1,16 +1,25 @@
 """Metrics of predictions: pure functions of texts and numbers, no model."""
 
-from . import data_to_text, diversity, likelihood, maths, quality
+from . import caption, data_to_text, diversity, likelihood, maths, quality, semantic
 from ._registry import METRICS, Metric, metric
-from .evaluate import evaluate_predictions
-from .predictions import Prediction, parse_prediction, read_predictions
+from ._session import MODELS
+from .evaluate import PRESETS, Evaluation, evaluate, evaluate_predictions
+from .predictions import Prediction, Skipped, parse_prediction, read_predictions
+from .sentence import SENTENCE_SCORES, sentence_scores
 
 __all__ = [
     "METRICS",
+    "MODELS",
+    "PRESETS",
+    "SENTENCE_SCORES",
+    "Evaluation",
     "Metric",
     "Prediction",
+    "Skipped",
+    "caption",
     "data_to_text",
     "diversity",
+    "evaluate",
     "evaluate_predictions",
     "likelihood",
     "maths",
@@ -18,4 +27,6 @@ __all__ = [
     "parse_prediction",
     "quality",
     "read_predictions",
+    "semantic",
+    "sentence_scores",
 ]

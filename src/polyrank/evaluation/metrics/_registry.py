@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from ...core.registry import Registry
+from ._session import model_place
 from .predictions import Prediction
+from .spice import corenlp_folder, spice_java
 
 Value = float | list[float]
 INSTALLED: dict[str, tuple[str, Callable[[], bool]]] = {
@@ -20,6 +22,27 @@ INSTALLED: dict[str, tuple[str, Callable[[], bool]]] = {
         "Java on the PATH (for instance: apt install default-jre-headless)",
         lambda: shutil.which("java") is not None,
     ),
+    "sentence_transformers": (
+        "the package sentence-transformers (pip install sentence-transformers)",
+        lambda: find_spec("sentence_transformers") is not None,
+    ),
+    "sbert": (
+        "a sentence encoder: --model sbert=FOLDER (published figures: paraphrase-TinyBERT-L6-v2)",
+        lambda: model_place("sbert") is not None,
+    ),
+    "fluency": (
+        "FENSE's fluency detector: --model fluency=FOLDER, made by python -m polyrank.evaluation.metrics.fluency",
+        lambda: model_place("fluency") is not None,
+    ),
+    "bertscore": (
+        "an encoder for BERTScore: --model bertscore=FOLDER (published figures: roberta-large)",
+        lambda: model_place("bertscore") is not None,
+    ),
+    "spice": (
+        "Stanford CoreNLP 3.6.0 with its models: --model spice=FOLDER (stanford-corenlp-full-2015-12-09.zip, unpacked)",
+        lambda: corenlp_folder() is not None,
+    ),
+    "spice_java": ("Java 8 to 14, or a later JDK, for SPICE's program", spice_java),
 }
 
 
@@ -33,7 +56,7 @@ class Metric:
         better: "higher", "lower" or "neither".
         unit: what the number counts ("BLEU", "nats per token", ...).
         needs: "scores", "nll", "nll_tokens", "several_candidates", "several_references", "one_output": what the
-            predictions must have; "pycocoevalcap", "java": what must be installed.
+            predictions must have; the keys of INSTALLED: what the machine must have, or `--model` name.
         on_request: computed only where it is named (a metric of one task, or a slow one).
     """
 

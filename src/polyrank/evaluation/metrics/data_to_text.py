@@ -18,6 +18,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.ter import TER
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
+from ._java import meteor_program
 from ._registry import metric
 from ._words import caption_words
 from .nist import nist_score
@@ -89,15 +90,9 @@ def meteor(records: Sequence[Prediction]) -> float:
 
     Differs: words by `caption_words` (no punctuation, as in the E2E scripts); WebNLG's script leaves punctuation in.
     """
-    from pycocoevalcap.meteor.meteor import Meteor
-
     references, candidates = _captions(records)
-    scorer = Meteor()
-    try:
-        return float(scorer.compute_score(references, candidates)[0])
-    finally:
-        for pipe in (scorer.meteor_p.stdout, scorer.meteor_p.stderr):
-            pipe.close()
+    with meteor_program() as score:
+        return score([(candidates[key][0], references[key]) for key in references])[0]
 
 
 def _streams(records: Sequence[Prediction]) -> list[list[str]]:

@@ -77,6 +77,14 @@ def corpus_bleu(records: Sequence[Prediction]) -> float:
     return sum(corpus_bleu_score([r.candidates[k] for r in records], references) for k in range(count)) / count
 
 
+@metric("hypothesis_bleu", better="higher", unit="BLEU", on_request=True)
+def hypothesis_bleu(records: Sequence[Prediction]) -> list[float]:
+    """For each hypothesis the corpus BLEU of its candidates against the first reference of each input."""
+    first = [record.references[:1] for record in records]
+    count = len(records[0].candidates)
+    return [corpus_bleu_score([r.candidates[k] for r in records], first) for k in range(count)]
+
+
 @metric("best_scored_bleu", better="higher", unit="BLEU", needs=["scores"])
 def best_scored_bleu(records: Sequence[Prediction]) -> float:
     """Corpus BLEU of the candidate that the model itself scores highest: one output an input, no oracle."""

@@ -53,6 +53,7 @@ COMPILE = {"torch_compile_backend": "aot_eager"}
 def custom_model_rows(case: Case, first: bool) -> Iterator[Any]:
     """(test_name, model_id, config_cls, config_kwargs), PEFT's own choices of layers for a Linear method."""
     both = {"target_modules": ["lin0", "lin1"]}
+    alpha = 0.5 if case.method == "l4q" else 4  # L4Q does not divide it by r: 4 / 8, as PEFT's LoRA has it in this row
     rows = [("MLP lin0 lin1", "MLP", both)]
     if first:
         rows = [
@@ -61,7 +62,7 @@ def custom_model_rows(case: Case, first: bool) -> Iterator[Any]:
             ("MLP lin1", "MLP", {"target_modules": ["lin1"]}),
             *rows,
             ("MLP saves lin1", "MLP", {"target_modules": ["lin0"], "modules_to_save": ["lin1"]}),
-            ("MLP dropout", "MLP", {"target_modules": ["lin0"], "lora_alpha": 4, "lora_dropout": 0.1}),
+            ("MLP dropout", "MLP", {"target_modules": ["lin0"], "lora_alpha": alpha, "lora_dropout": 0.1}),
         ]
         if "conv1d" in case.tags:
             rows.append(("Conv1D", "EmbConv1D", {"target_modules": ["conv1d"]}))

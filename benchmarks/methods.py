@@ -38,6 +38,8 @@ METRICS = {
     "memory_over_lora": Metric("", "lower", "memory over LoRA's"),
     "trainable_parameters": Metric("", None, "trainable parameters"),
 }
+STEPS = 1000
+"""Of the run that a step is taken from: enough for the schedules of all methods."""
 COSTLY = 1.5
 """Times LoRA's step from which on a method's page says why."""
 
@@ -80,15 +82,15 @@ def make_side(table: Any, method: GlueMethod, base: LlamaForCausalLM, rows: list
 
     options = {**method.options, **matched_method(table, base, lora_part(method)).options}
     method = dataclasses.replace(method, options=options)
-    adapter = adapter_config(lora_part(method), table.model, head=False, num_steps=1000)
-    model = prepare(method, base, adapter, Given(Path(folder, method.name), 1000, rows, None))
+    adapter = adapter_config(lora_part(method), table.model, head=False, num_steps=STEPS)
+    model = prepare(method, base, adapter, Given(Path(folder, method.name), STEPS, rows, None))
     initialise(method.initialiser, model, rows, collate, seed=0)
     kind, more = trainer_class(method.losses, base_trainer(model), "generation")
     more |= optimizer_arguments(method.optimizer, model, 1e-4, 0.0)
     arguments = TrainingArguments(output_dir=folder, learning_rate=1e-4, report_to=[], use_cpu=True)
     trainer = kind(model=model, args=arguments, **more)
     trainer.create_optimizer()
-    trainer.state.global_step = trainer.state.max_steps = 1  # the end of a run: all scheduled losses are on
+    trainer.state.global_step = trainer.state.max_steps = STEPS  # the end of a run: all scheduled losses are on
     batch = collate(rows)
 
     def step() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,7 +124,6 @@ def test_folder_hash_sees_names_and_contents(tmp_path):
     [
         OSError(28, "No space left on device"),
         RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
     ],
 )
 def test_a_full_disk_that_another_library_met_is_a_run_error(error):
@@ -135,6 +135,18 @@ def test_a_full_disk_that_another_library_met_is_a_run_error(error):
 
     with pytest.raises(RunError, match=r"could not write in run: the disk is full .* goes on from there"):
         with_a_word(save)
+
+
+def test_torchs_failure_is_a_full_disk_only_where_no_space_is_left(tmp_path, monkeypatch):
+    def save():
+        with full_disk_is_said(tmp_path):
+            raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    with pytest.raises(RuntimeError, match="PytorchStreamWriter"):
+        save()
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda folder: SimpleNamespace(free=4096))
+    with pytest.raises(RunError, match="the disk is full"):
+        save()
 
 
 def with_a_word(save):

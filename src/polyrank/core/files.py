@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -192,7 +193,7 @@ def full_disk_is_said(folder: str | Path) -> Iterator[None]:
     except PolyrankError:
         raise
     except Exception as error:
-        if _is_full_disk(error):
+        if _is_full_disk(error, Path(folder)):
             raise RunError(
                 f"could not write in {folder}: the disk is full (what was whole before is intact); free some space and"
                 " run the same command again, it goes on from there"
@@ -200,13 +201,15 @@ def full_disk_is_said(folder: str | Path) -> Iterator[None]:
         raise
 
 
-def _is_full_disk(error: BaseException | None) -> bool:
+def _is_full_disk(error: BaseException | None, folder: Path) -> bool:
     """Whether this error, or one that it came from, says that no space is left."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return True
-        if any(text in str(error) for text in ("os error 28", "No space left on device", "PytorchStreamWriter failed")):
+        if any(text in str(error) for text in ("os error 28", "No space left on device")):
             return True
+        if "PytorchStreamWriter failed" in str(error):  # torch says so of any failure to write
+            return folder.exists() and shutil.disk_usage(folder).free < 1 << 20
         error = error.__cause__ or error.__context__
     return False
 

@@ -144,12 +144,9 @@ def compute(path: Path, names: Sequence[str]) -> Scores:
     """Every metric that the predictions have the fields for, and those of `names` that can be computed here; what has
     one figure for each hypothesis goes into the details."""
     results = evaluate_predictions(path)
-    absent = []
-    for name in names:
-        if name not in results and METRICS.get(name).not_installed() is None:
-            results |= evaluate_predictions(path, [name])
-        elif name not in results:
-            absent.append(f"{name} needs {METRICS.get(name).not_installed()}")
+    missing = {name: METRICS.get(name).not_installed() for name in names if name not in results}
+    absent = [f"{name} needs {what}" for name, what in missing.items() if what is not None]
+    results |= evaluate_predictions(path, [name for name, what in missing.items() if what is None])
     details: dict[str, Any] = {key: value for key, value in results.items() if isinstance(value, list)}
     details |= {key: results[key] for key in ("num_examples", "num_references")}
     if absent:

@@ -28,7 +28,7 @@ class Lists:
         self.corpus, self.queries, self.tuples = prepared.corpus.rows(), prepared.queries.rows(), prepared.tuples.rows()
         known = {row["_id"]: number for number, row in enumerate(self.corpus)}
         places = {row["_id"]: number for number, row in enumerate(self.queries)}
-        factor = rescale[1] / rescale[0] if rescale is not None else 1.0
+        factor = rescale[1] / rescale[0] if rescale is not None and rescale[0] > 0 else 1.0
         self.documents: list[np.ndarray] = []
         self.scores: list[np.ndarray] = []
         self.query: list[int] = []

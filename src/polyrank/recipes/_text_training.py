@@ -72,16 +72,17 @@ def trained_model(
     import polyrank  # noqa: F401  registers the adapter methods
 
     folder = run_dir / ("adapter" if config.method.has_adapter else "model")
-    rows = encode_pairs(tokenizer, pairs, config.max_length)
-    steps = config.num_steps or (config.num_epochs or 1) * -(-len(rows) // config.batch_size)
-    procedure, place = PROCEDURES.get(config.method.adapter), Place(run_dir, steps, rows, tokenizer)
-    if (folder / MARKER).is_file():
-        facts = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        if procedure is not None:
-            return procedure.reopen(base, place).eval(), facts
+    procedure, trained = PROCEDURES.get(config.method.adapter), (folder / MARKER).is_file()
+    facts = json.loads((folder / MARKER).read_text(encoding="utf-8")) if trained else {}
+    if trained and procedure is None:
         if config.method.has_adapter:
             return PeftModel.from_pretrained(base, str(folder)).eval(), facts
         return type(base).from_pretrained(str(folder)).eval(), facts
+    rows = encode_pairs(tokenizer, pairs, config.max_length)
+    steps = config.num_steps or (config.num_epochs or 1) * -(-len(rows) // config.batch_size)
+    place = Place(run_dir, steps, rows, tokenizer)
+    if trained and procedure is not None:
+        return procedure.reopen(base, place).eval(), facts
     model, initial = base, None
     if config.method.has_adapter:
         check_targets(base, config.model.target_modules, "model.target_modules")

@@ -137,10 +137,11 @@ _OTHERS = {
 
 def _pair(model: torch.nn.Module) -> str:
     """LoRA-Pro, and why it does not go with the adapter that the model has."""
-    for name in (method_name(model, adapter) for adapter in getattr(model, "peft_config", {})):
-        reason = _OTHERS.get(name, "its update is no product of two factors")
-        return f"LoRA-Pro does not combine with {name} ({reason}): it"
-    return "LoRA-Pro"
+    adapter = next(iter(getattr(model, "peft_config", {})), None)
+    if adapter is None:
+        return "LoRA-Pro"
+    name = method_name(model, adapter)
+    return f"LoRA-Pro does not combine with {name} ({_OTHERS.get(name, 'its update is no product of two factors')}): it"
 
 
 class _LoraPro(torch.optim.Optimizer):

@@ -18,11 +18,13 @@ from polyrank.core.errors import CheckpointError, ConfigError, DataError, RunErr
 from polyrank.core.files import sha256
 from polyrank.recipes import _gpl_training
 from polyrank.recipes._gpl_config import GplConfig
+from polyrank.recipes._gpl_evaluation import describe, find_adapters
 from polyrank.recipes.gpl import run_gpl
 from polyrank.recipes.run import run_recipe
 from polyrank.retrieval import mine, teachers
 from polyrank.retrieval.corpus import Document, write_beir
 from polyrank.retrieval.dense import encode_corpus, load_encoder
+from polyrank.retrieval.index import adapter_hash
 
 _spec = importlib.util.spec_from_file_location("toy_domain", Path(__file__).with_name("toy_domain.py"))
 toy_domain = importlib.util.module_from_spec(_spec)
@@ -178,6 +180,17 @@ def test_training_goes_on_from_its_checkpoint(tmp_path, corpus, encoder, monkeyp
     assert sha256(cut.weights) == sha256(whole.weights)
     lines = [json.loads(line) for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == sorted({line["step"] for line in lines})
+
+
+def test_checkpoints_are_kept_as_adapters_when_asked_for(tmp_path, corpus, encoder):
+    done = run_gpl(config_of(corpus, encoder, keep_checkpoints=True), tmp_path)
+    kept = [folder for folder in find_adapters(tmp_path) if folder.name.startswith("step-")]
+    assert [describe(folder)[1]["step"] for folder in kept] == [2, 4]  # step-6 is the adapter itself
+    assert len({adapter_hash(folder) for folder in [*kept, done.weights]}) == 3
+    last = next(tmp_path.rglob("step-6"))
+    assert adapter_hash(last) == adapter_hash(done.weights)
+    assert sorted(file.name for file in last.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert not list(tmp_path.rglob("checkpoint-*"))
 
 
 def vectors(encoder, texts):

@@ -85,6 +85,7 @@ class TrainingSettings:
         max_length: tokens of a text in training; at most the encoder's own limit.
         tsdae_steps: steps of denoising auto-encoding on the corpus before (TSDAE); 0: none.
         warmup_steps: of `steps`, in which the learning rate rises.
+        keep_checkpoints: keep the adapter as it was every `save_every` steps (`gpl evaluate RUN --checkpoints`).
     """
 
     encoder: str = MINILM
@@ -107,6 +108,7 @@ class TrainingSettings:
     tsdae_steps: int = 0
     tsdae_learning_rate: float = 3e-5
     save_every: int = 200
+    keep_checkpoints: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +144,8 @@ class GplConfig(CorpusSettings, LabelSettings, TrainingSettings):
             raise ConfigError(f"rescale must be positive, got {self.rescale}")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.keep_checkpoints and self.adapter == FULL:
+            raise ConfigError("keep_checkpoints keeps adapters; adapter 'full' trains none")
         if self.loss == "qgen" and self.pairs in ("retrieved", "all"):
             raise ConfigError("loss 'qgen' trains on a query and its own document: pairs must be 'source'")
         if self.documents_per_query is not None and self.documents_per_query < 2:

@@ -31,6 +31,7 @@ ATTENTION = {
     "t5": ("q", "k", "v"),
 }
 """Names of the query, key and value projections by model type."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_config(config: GplConfig, encoder: Any) -> Any:
@@ -77,7 +78,7 @@ def train(config: GplConfig, prepared: Prepared, folder: Path, log: Path) -> dic
     """Train in `folder`, on from the newest checkpoint there; returns facts about the training.
 
     `folder` gets weights/ (a PEFT folder, or a whole sentence-transformers model for full fine-tuning) and, last,
-    training.json. Checkpoints are removed at the end.
+    training.json. Checkpoints are removed at the end, or kept as adapters (`keep_checkpoints`).
     """
     marker = folder / "training.json"
     if marker.is_file():
@@ -94,9 +95,19 @@ def train(config: GplConfig, prepared: Prepared, folder: Path, log: Path) -> dic
     save_weights(config, encoder, folder / "weights")
     if prepared.documents is not None:
         mark_queries_only(folder / "weights")
+    if config.keep_checkpoints:
+        keep_adapters(folder)
     atomic_write(marker, json.dumps(facts) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return facts
+
+
+def keep_adapters(folder: Path) -> None:
+    """Put the adapter of every checkpoint into `folder`/step-N, as `folder`/weights has the last."""
+    for checkpoint in (folder / "checkpoints").glob("checkpoint-*"):
+        kept = folder / f"step-{checkpoint.name.rpartition('-')[2]}"
+        shutil.copytree(folder / "weights", kept, dirs_exist_ok=True)
+        atomic_write(kept / ADAPTER_WEIGHTS, (checkpoint / ADAPTER_WEIGHTS).read_bytes())
 
 
 def save_weights(config: GplConfig, encoder: Any, folder: Path) -> None:
@@ -209,7 +220,7 @@ def training_arguments(config: GplConfig, folder: Path, **changes: Any) -> Any:
             "use_cpu": not torch.cuda.is_available(),  # else bf16 is refused where there is no GPU
             "logging_steps": min(10, changes.get("max_steps", config.steps)),
             "save_steps": config.save_every,
-            "save_total_limit": 2,
+            "save_total_limit": None if config.keep_checkpoints else 2,
             "seed": derive_seed(config.seed, "training"),
             "report_to": "none",
             "disable_tqdm": True,

@@ -79,7 +79,8 @@ def training_key(config: GplConfig, prepared: Prepared) -> str:
     settings |= {"encoder": model_identity(config.encoder), "seed": config.seed, "rescale": config.rescale}
     settings["learning_rate"] = config.rate
     settings["side"] = "queries" if prepared.documents is not None else "both"
-    del settings["save_every"]
+    if not config.keep_checkpoints:
+        del settings["save_every"]
     return stage_key("training", settings, [prepared.corpus.key, prepared.queries.key, prepared.tuples.key])
 
 

@@ -59,7 +59,8 @@ def test_half_of_the_adapters_captions_are_german_and_no_caption_is_used_twice(f
     from polyrank.data.visual_words import Codebook
 
     parts = bilingual_parts(BilingualData(path=files, codebook=Codebook(2, 4, 6)), tmp_path)
-    assert len(parts.base) == 20 * 4  # 20 images, two captions left in each of two languages
+    assert len(parts.base) == 20 * 2 + 2 * 2  # 20 images, two English captions left, of two images the German too
+    assert sum("-de-" in pair.id for pair in parts.base) == 4
     german = [pair for pair in parts.adapter if "-de-" in pair.id]
     assert len(parts.adapter) == 20 * 2
     assert len(german) == 20

@@ -26,8 +26,10 @@ class BilingualData:
     Attributes:
         feature_captions: so many captions of each language, the first ones, describe the image (its visual words);
             the others are learned, or are the references.
-        base_share: share of the training images that the base model is trained on, with all their other captions in
-            both languages; the adapters get the other images, half of the captions English, half German.
+        base_share: share of the training images that the base model is trained on, with all their other English
+            captions; the adapters get the other images, half of the captions English, half German.
+        base_german: share of the base model's images of which it reads the German captions, too: it knows one language
+            well and the other a little, as the models do that people adapt.
         train_limit, test_limit: at most so many images.
     """
 
@@ -35,6 +37,7 @@ class BilingualData:
     test: str = "test_2016"
     feature_captions: int = 3
     base_share: float = 0.5
+    base_german: float = 0.1
     codebook: Codebook = field(default_factory=Codebook)
     train_limit: int | None = None
     test_limit: int | None = None
@@ -44,6 +47,8 @@ class BilingualData:
             raise ConfigError(f"data.feature_captions must be in 1..{NUM_CAPTIONS - 1}, got {self.feature_captions}")
         if not 0 < self.base_share < 1:
             raise ConfigError(f"data.base_share must be in (0, 1), got {self.base_share}")
+        if not 0 <= self.base_german <= 1:
+            raise ConfigError(f"data.base_german must be in [0, 1], got {self.base_german}")
         check_limits("data", {"train_limit": self.train_limit, "test_limit": self.test_limit})
 
 
@@ -94,13 +99,14 @@ def bilingual_parts(data: BilingualData, cache: Path) -> BilingualParts:
     codes = visual_words(train, test, data, cache)
     order = list(range(len(train)))
     random.Random(0).shuffle(order)
-    first = set(order[: round(data.base_share * len(order))])
-    base = [
-        pair for i, image in enumerate(train) if i in first for pair in _both_languages(image, codes[image.id], data)
-    ]
-    adapter = [
-        pair for n, i in enumerate(order) if i not in first for pair in _halves(train[i], codes[train[i].id], data, n)
-    ]
+    num_base = round(data.base_share * len(order))
+    first, second = order[:num_base], order[num_base:]
+    german = set(first[: round(data.base_german * num_base)])
+    base = []
+    for i in first:
+        languages = LANGUAGES if i in german else LANGUAGES[:1]
+        base += _captions(train[i], codes[train[i].id], data, languages)
+    adapter = [pair for n, i in enumerate(second) for pair in _halves(train[i], codes[train[i].id], data, n)]
     examples, languages = [], {}
     for image in test:
         texts = [(lang, text) for lang in LANGUAGES for text in image.captions[lang][data.feature_captions :]]
@@ -134,10 +140,10 @@ def _description(image: CaptionedImage, count: int) -> dict[str, str]:
     return {lang: " ".join(image.captions[lang][:count]) for lang in LANGUAGES}
 
 
-def _both_languages(image: CaptionedImage, prompt: str, data: BilingualData) -> list[TextPair]:
+def _captions(image: CaptionedImage, prompt: str, data: BilingualData, languages: Sequence[str]) -> list[TextPair]:
     return [
         TextPair(f"{image.id}-{lang}-{j}", prompt, text)
-        for lang in LANGUAGES
+        for lang in languages
         for j, text in enumerate(image.captions[lang])
         if j >= data.feature_captions
     ]

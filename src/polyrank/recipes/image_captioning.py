@@ -114,7 +114,8 @@ def bilingual_task(config: BilingualConfig, run_dir: Path) -> Task:
     name = small_llama_folder(config.model.small, parts.base, cache, words)
     base, tokenizer = load_base(name), load_tokenizer(name)
     predict = text_predictor(config, tokenizer, {"test": parts.test})
-    guess = LanguageGuess({lang: [pair.target for pair in parts.base if f"-{lang}-" in pair.id] for lang in LANGUAGES})
+    pairs = [*parts.base, *parts.adapter]
+    guess = LanguageGuess({lang: [pair.target for pair in pairs if f"-{lang}-" in pair.id] for lang in LANGUAGES})
 
     def predict_tagged(model: Any, test: str, decoding: Decoding, path: Path, seed: int, likelihood: bool) -> Cost:
         cost = predict(model, test, decoding, path, seed, likelihood)

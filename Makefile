@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test install lint types imports unit clean
+.PHONY: demo test install lint types imports axe unit faults clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,8 +32,18 @@ types: install
 imports: install
 	$(VENV)/bin/lint-imports
 
-unit: install
+# the accessibility checker of the report pages' tests, by version and hash; skipped by name where there is no npm
+axe:
+	@if command -v npm > /dev/null; then \
+		npm ci --prefix tests/report --ignore-scripts --no-audit --no-fund \
+			|| echo "no axe-core: its tests are skipped"; \
+	fi
+
+unit: install axe
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist=worksteal
+
+faults: install
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) benchmarks/faults.py --page
 
 clean:
 	rm -rf $(VENV) runs multirun outputs .mypy_cache .ruff_cache

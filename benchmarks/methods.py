@@ -8,7 +8,6 @@ the optimiser hold, and the peak of a step's allocations above it. Rounds are in
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import tempfile
 import time
@@ -26,9 +25,9 @@ import polyrank  # noqa: F401  registers the adapter methods
 from polyrank.core.records import Metric, Row, new_record, write_record
 from polyrank.recipes._compose import check_overrides, compose
 from polyrank.recipes._glue_adapters import adapter_config, matched_method
-from polyrank.recipes._glue_config import GlueMethod
+from polyrank.recipes._method import MethodEntry
 from polyrank.recipes._method_parts import initialise, optimizer_arguments, trainer_class
-from polyrank.recipes._model_preparation import Place, base_trainer, lora_part, prepare
+from polyrank.recipes._model_preparation import Place, base_trainer, prepare
 from polyrank.training.memory import resident_bytes
 
 METRICS = {
@@ -48,7 +47,7 @@ COSTLY = 1.5
 class Side:
     """One method: its step, and what it trains."""
 
-    method: GlueMethod
+    method: MethodEntry
     step: Callable[[], None]
     trainer: Any
 
@@ -70,7 +69,7 @@ def base_model(width: int, layers: int) -> LlamaForCausalLM:
     )  # fmt: skip
 
 
-def make_side(table: Any, method: GlueMethod, base: LlamaForCausalLM, rows: list[dict[str, Any]], folder: str) -> Side:
+def make_side(table: Any, method: MethodEntry, base: LlamaForCausalLM, rows: list[dict[str, Any]], folder: str) -> Side:
     """The method on its base, the optimiser made, one step taken."""
 
     def collate(chosen: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
@@ -80,9 +79,8 @@ def make_side(table: Any, method: GlueMethod, base: LlamaForCausalLM, rows: list
         def batches(self, count: int = 1, size: int = 1) -> list[dict[str, Any]]:
             return [collate(rows)]
 
-    options = {**method.options, **matched_method(table, base, lora_part(method)).options}
-    method = dataclasses.replace(method, options=options)
-    adapter = adapter_config(lora_part(method), table.model, head=False, num_steps=STEPS)
+    method = matched_method(table, base, method)
+    adapter = adapter_config(method, table.model, head=False, num_steps=STEPS)
     model = prepare(method, base, adapter, Given(Path(folder, method.name), STEPS, rows, None))
     initialise(method.initialiser, model, rows, collate, seed=0)
     kind, more = trainer_class(method.losses, base_trainer(model), "generation")
@@ -127,8 +125,9 @@ def measure(args: argparse.Namespace) -> list[Row]:
             "memory_over_lora": memory[name] / memory["lora"],
             "trainable_parameters": side.parameters,
         }
-        size = side.method.options.get(side.method.match)
-        found.append(Row(side.method.label, figures, settings={"size": f"{side.method.match}={size}"}))
+        option = side.method.match or "r"
+        size = f"{option}={side.method.options.get(option)}"
+        found.append(Row(side.method.label, figures, settings={"size": size}))
         print(
             f"{side.method.label:<12} {figures['time_ms']:8.1f} ms  x {figures['time_over_lora']:.2f}   "
             f"{memory[name] / 2**20:7.1f} MiB  x {figures['memory_over_lora']:.2f}   {side.parameters:,} parameters",

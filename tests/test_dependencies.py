@@ -2,6 +2,7 @@
 
 import re
 import sys
+from importlib.metadata import PackageNotFoundError, metadata
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,41 @@ def test_constraints_pin_each_of_them():
     extras = project["optional-dependencies"]
     tested = [*project["dependencies"], *extras["dev"], *extras["retrieval"]]
     assert {plain(one) for one in tested} - pinned == set()
+
+
+LICENCES = {
+    "Apache": "Apache", "MIT": r"\bMIT\b", "BSD": "BSD", "PSF": "PSF|Python Software Foundation", "MPL": "MPL|Mozilla",
+    "LGPL": "LGPL|Lesser", "GPL": r"\bA?GPL|GNU (Affero )?General", "BSL": r"\bBSL\b", "Zlib": "Zlib", "CC0": "CC0",
+}  # fmt: skip
+
+
+def licences(text):
+    """The families of licences that a text names."""
+    return {name for name, pattern in LICENCES.items() if re.search(pattern, text)}
+
+
+def said_by(package):
+    """What the installed package's metadata says of its licence; "" where it is not installed or says nothing."""
+    try:
+        fields = metadata(package)
+    except PackageNotFoundError:
+        return ""
+    classifiers = [one for one in fields.get_all("Classifier", []) if one.startswith("License ::")]
+    first_line = (fields["License"] or "").split("\n")[0]  # some give the whole text here
+    return fields["License-Expression"] or " ".join([first_line, *classifiers])
+
+
+def test_licences_are_what_the_packages_say():
+    wrong, seen = [], 0
+    for line in (ROOT / "docs" / "dependencies.md").read_text().splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|") or cells[0] in ("Package", "---"):
+            continue
+        for package in cells[0].split(", "):
+            said = licences(said_by(package))
+            seen += bool(said)
+            if not said <= licences(cells[-1]):
+                wrong.append(f"{package}: its metadata says {sorted(said)}, the page {cells[-1]!r}")
+            assert "GPL" not in said, package
+    assert wrong == []
+    assert seen > 25

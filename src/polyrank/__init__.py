@@ -5,6 +5,7 @@ Importing this package registers every adapter method with PEFT.
 
 from importlib.metadata import version as _version
 
+from . import _requirements as _requirements  # first: it raises where the packages below would fail in other words
 from .adapters import adapters
 from .adapters.allora import AlloraConfig
 from .adapters.codyra import CodyraConfig

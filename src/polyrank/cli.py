@@ -7,6 +7,7 @@ error (--debug shows the traceback). Results go to standard output, progress to 
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import re
@@ -15,9 +16,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from .core.errors import ConfigError, PolyrankError, UserError, name_message, nearest
+from .core.errors import ConfigError, DataError, PolyrankError, UserError, name_message, nearest, printable
 from .recipes.gpl_commands import VERBS, add_verbs
 
+_BAD_PATHS = {errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR}
 LISTS = ("methods", "recipes", "data", "objectives", "metrics")
 
 COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -65,7 +67,7 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "bench": (
         "a benchmark of the checkout, side by side with the peer; its own arguments follow the name",
-        ("polyrank bench", "polyrank bench markov --help"),
+        ("polyrank bench", "polyrank bench --json", "polyrank bench markov --help"),
     ),
 }
 
@@ -102,6 +104,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
+        if isinstance(error, OSError) and error.errno in _BAD_PATHS:
+            error = DataError(f"{str(error.filename)!r:.200}: {(error.strerror or '').lower()}")
         hint = "" if isinstance(error, PolyrankError) else " (--debug shows where)"
         print(f"polyrank: error: {_one_line(error)}{hint}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
@@ -110,11 +114,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     text = text if isinstance(error, PolyrankError) else f"{type(error).__name__}: {text}"
-    text = re.sub(r"[^\x20-\x7e\xa0-\U0010ffff]", "?", text)
+    text = printable(text)
     return text if len(text) <= 2000 else text[:2000] + " ..."
 
 
 def _log_to_stderr(quiet: bool) -> None:
+    if quiet:
+        from transformers.utils import logging as bars
+
+        bars.disable_progress_bar()
     logger = logging.getLogger("polyrank")
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
     for handler in logger.handlers:
@@ -122,9 +130,16 @@ def _log_to_stderr(quiet: bool) -> None:
             handler.stream = sys.stderr  # which may be another one than at the first call in this process
     if not logger.handlers:
         handler = logging.StreamHandler(sys.stderr)
-        handler.setFormatter(logging.Formatter("%(message)s"))
+        handler.setFormatter(_Lines())
         logger.addHandler(handler)
         logger.propagate = False
+
+
+class _Lines(logging.Formatter):
+    """Messages alone, without what a terminal would obey."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(record.getMessage())
 
 
 class _Parser(argparse.ArgumentParser):
@@ -195,7 +210,13 @@ def _parser() -> _Parser:
     added["list"].add_argument("--config-dir", metavar="DIR", help="a folder of your own YAML")
 
     evaluate = added["evaluate"]
-    evaluate.add_argument("source", metavar="RUN|predictions.jsonl")
+    evaluate.add_argument("source", metavar="RUN|FOLDER|predictions.jsonl")
+    evaluate.add_argument(
+        "-o",
+        "--out",
+        metavar="FOLDER",
+        help="of a folder of runs: tables, figure, checkpoint list (default: FOLDER/evaluation)",
+    )
     evaluate.add_argument(
         "--metrics",
         metavar="A,B",

@@ -145,7 +145,7 @@ def test_eta_of_later_layers_does_not_reach_the_first():
         net = nn.Sequential(*[nn.Linear(6, 6) for _ in range(5)])
         model = get_peft_model(net, allora(target_modules=[str(i) for i in range(5)], init_weights=False))
         for layer in list(model.base_model.model)[1:]:
-            layer.eta_squared["default"] = eta_squared
+            layer.configs["default"].eta_squared = eta_squared
         model(torch.randn(4, 6)).square().sum().backward()
         found.append([p.grad for p in factors(model.base_model.model[0])])
         last = model.base_model.model[4].parameter("B", "default").grad

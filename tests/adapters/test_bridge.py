@@ -117,8 +117,7 @@ def test_importing_polyrank_on_an_untested_peft_says_so():
     code = "import importlib.metadata as m; v = m.version; m.version = lambda n: '0.9.0' if n == 'peft' else v(n)\n"
     result = subprocess.run([sys.executable, "-c", code + "import polyrank"], capture_output=True, text=True)
     assert result.returncode == 1
-    assert "VersionError: polyrank leans on PEFT's internals" in result.stderr
-    assert "peft 0.9.0 is installed" in result.stderr
+    assert "VersionError: polyrank supports peft<0.22,>=0.21.0, found 0.9.0 (pip install" in result.stderr
 
 
 LOAD = """

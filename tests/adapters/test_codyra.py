@@ -356,7 +356,7 @@ def test_config_errors(fields, message):
 
 def test_task_errors():
     model = adapted()
-    with pytest.raises(ConfigError, match="the model has no CoDyRA adapter 'other'"):
+    with pytest.raises(ConfigError, match="the model has no adapter 'other' of method 'codyra'"):
         merge_task(model, "other")
     model.merge_adapter()
     with pytest.raises(ConfigError, match="unmerge the adapters before ending a task"):

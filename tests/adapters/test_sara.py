@@ -10,17 +10,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from polyrank.adapters.sara import (
-    NO_LOSS,
-    SaraConfig,
-    checksum,
-    nuclear_penalty,
-    suggested_learning_rate,
-    warn_once,
-)
+from polyrank.adapters.sara import SaraConfig, checksum, nuclear_penalty, suggested_learning_rate
 from polyrank.core.errors import CheckpointError, ConfigError
 
 
@@ -59,16 +52,15 @@ def values(model):
 
 
 def kept(model):
-    return [layer.buffer("polyrank_sara_kept", "default") for layer in layers(model)]
+    return [layer.parameter("kept", "default") for layer in layers(model)]
 
 
-def train(model, steps, make=torch.optim.AdamW, penalty=False, lr=1e-2):
+def train(model, steps, make=torch.optim.AdamW, lr=1e-2):
     torch.manual_seed(5)
     optimiser = make(values(model), lr=lr, weight_decay=1e-2)
     for _ in range(steps):
         optimiser.zero_grad()
-        loss = (model(torch.randn(8, 12)) - 1).square().mean()
-        (loss + nuclear_penalty(model) if penalty else loss).backward()
+        (model(torch.randn(8, 12)) - 1).square().mean().backward()
         optimiser.step()
     return optimiser
 
@@ -135,16 +127,19 @@ def test_packed_gradient_is_the_dense_one(layer):
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.SGD])
 def test_trajectory_is_that_of_masked_dense_training(make):
-    """Check 3: 20 steps on packed values and on dense weights with masked gradients agree to 1e-8."""
+    """Check 3: 20 steps on packed values and on dense weights with masked gradients agree to 1e-8, the penalty in the
+    dense training's loss."""
     base = Model()
-    model, dense, where = adapted(copy.deepcopy(base)), copy.deepcopy(base), masks(base)
+    model = adapted(copy.deepcopy(base), penalty=0.03, penalty_layers=0)
+    dense, where = copy.deepcopy(base), masks(base)
     train(model, 20, make)
     weights, original = [dense.lin0.weight, dense.lin1.weight], [base.lin0.weight, base.lin1.weight]
     torch.manual_seed(5)
     optimiser = make(weights, lr=1e-2, weight_decay=1e-2)
     for _ in range(20):
         optimiser.zero_grad()
-        (dense(torch.randn(8, 12)) - 1).square().mean().backward()
+        norms = [torch.linalg.matrix_norm(w * mask, "nuc") for w, mask in zip(weights, where, strict=True)]
+        ((dense(torch.randn(8, 12)) - 1).square().mean() + 0.03 * sum(norms) / 2).backward()
         for weight, mask in zip(weights, where, strict=True):
             weight.grad *= mask
         optimiser.step()
@@ -167,17 +162,48 @@ def test_gradient_of_the_penalty():
         torch.testing.assert_close(v.grad, 2.0 / 2 * (U @ V)[mask], rtol=1e-9, atol=1e-9)
 
 
+def penalty_gradients(model, steps):
+    """What optimiser steps add to gradients of zero, layer by layer; a rate of 0 leaves the values alone."""
+    optimiser, found = torch.optim.SGD(values(model), lr=0.0), []
+    for _ in range(steps):
+        for v in values(model):
+            v.grad = torch.zeros_like(v)
+        optimiser.step()
+        found.append([v.grad for v in values(model)])
+    return found
+
+
 def test_drawn_layers_estimate_the_penalty():
-    """One layer a step: each draw is one of the two norms, and their mean is the whole penalty."""
-    model = adapted(penalty=1.0)
-    norms = [torch.linalg.matrix_norm(layer.selected("default"), "nuc").item() for layer in layers(model)]
-    draws = [nuclear_penalty(model).item() for _ in range(200)]
-    counts = [sum(math.isclose(draw, norm) for draw in draws) for norm in norms]
-    assert sum(counts) == 200
+    """One layer a step: each draw has the gradient of one of the two norms, and their mean is the whole gradient."""
+    (whole,) = penalty_gradients(adapted(penalty=1.0, penalty_layers=0), 1)
+    draws = penalty_gradients(adapted(penalty=1.0), 200)
+    counts = [0, 0]
+    for first, second in draws:
+        drawn = 0 if first.any() else 1
+        torch.testing.assert_close((first, second)[drawn], 2 * whole[drawn])
+        assert not (first, second)[1 - drawn].any()
+        counts[drawn] += 1
     assert min(counts) > 60  # binomial(200, 1/2): below 61 in fewer than 1 of 10^7 runs
-    for layer in layers(model):
-        layer.configs["default"].penalty_layers = 0
-    assert nuclear_penalty(model).item() == pytest.approx(sum(norms) / 2)
+
+
+def test_draws_depend_on_the_step_alone():
+    """Workers whose random states have parted, and a run that goes on after 7 steps, draw the same layers."""
+    runs = []
+    for seed in (1, 2):
+        model = adapted(penalty=1.0, seed=seed)
+        torch.manual_seed(seed)
+        runs.append([bool(first.any()) for first, _ in penalty_gradients(model, 12)])
+    assert runs[0] == runs[1]
+    assert len(set(runs[0])) == 2
+    model = adapted(penalty=1.0, reselect_at=0.0)
+    optimiser = train(model, 7)
+    again = adapted(penalty=1.0, reselect_at=0.0)
+    second = torch.optim.AdamW(values(again))
+    second.load_state_dict(optimiser.state_dict())
+    for v in values(again):
+        v.grad = torch.zeros_like(v)
+    second.step()
+    assert bool(values(again)[0].grad.any()) == runs[0][7]
 
 
 def test_nuclear_norm_falls_with_the_penalty():
@@ -185,37 +211,86 @@ def test_nuclear_norm_falls_with_the_penalty():
     base, norms = Model(), []
     for penalty in (0.0, 0.05, 0.5):
         model = adapted(copy.deepcopy(base), penalty=penalty, penalty_layers=0)
-        train(model, 100, penalty=True)
+        train(model, 100)
         norms.append(sum(torch.linalg.matrix_norm(m.selected("default"), "nuc").item() for m in layers(model)))
     assert norms[0] > norms[1] > norms[2]
 
 
-def test_penalty_is_in_the_models_loss():
-    """A language model's loss has the penalty in it while it trains, and not in eval mode."""
+def language_model():
+    torch.manual_seed(0)
     sizes = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, attention_dropout=0.0))
+    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, attention_dropout=0.0)).double()
     fields = {"threshold": 0.01, "penalty": 3.0, "penalty_layers": 0, "target_modules": ["q_proj", "v_proj"]}
-    model = get_peft_model(base, SaraConfig(**fields, task_type="CAUSAL_LM"))
-    ids = torch.randint(0, 11, (2, 5))
-    trained, plain = model.train()(ids, labels=ids).loss, model.eval()(ids, labels=ids).loss
-    torch.testing.assert_close((trained - plain).double(), nuclear_penalty(model), rtol=1e-5, atol=1e-6)
-    with torch.no_grad():
-        torch.testing.assert_close(model.train()(ids, labels=ids).loss, plain)
+    return get_peft_model(base, SaraConfig(**fields, task_type="CAUSAL_LM"))
 
 
-def test_a_penalty_that_is_lost_is_said_once(caplog):
-    """A Trainer that smooths labels asks the model for logits alone and makes the loss itself."""
-    sizes = {"vocab_size": 11, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    base = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2, attention_dropout=0.0))
-    config = SaraConfig(threshold=0.01, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    model, ids = get_peft_model(base, config), torch.randint(0, 11, (2, 5))
-    warn_once.cache_clear()
-    model.eval()(ids)
-    model.train()(ids, labels=ids)
-    assert not caplog.records
-    for _ in range(2):
-        model.train()(ids)
-    assert [record.getMessage() for record in caplog.records] == [NO_LOSS]
+@pytest.mark.parametrize("accumulated", [1, 4])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_trainer_has_the_penalty_once_a_step(accumulated, smoothing, tmp_path):
+    """transformers' Trainer, which makes the loss itself when it smooths labels: three steps of SGD on 4 rows, whole or
+    one after the other, are those of loss + penalty in a loop."""
+    ids = torch.randint(0, 11, (12, 5), generator=torch.Generator().manual_seed(4))
+    model, slow = language_model(), language_model()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=4 // accumulated, learning_rate=0.1,
+        gradient_accumulation_steps=accumulated, label_smoothing_factor=smoothing, optim="sgd", max_grad_norm=0.0,
+        lr_scheduler_type="constant", save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
+        train_sampling_strategy="sequential",
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids]).train()
+    optimiser = torch.optim.SGD([v.detach().requires_grad_() for v in values(slow)], lr=0.1)
+    for rows in ids.split(4):
+        loss = nn.functional.cross_entropy(
+            slow(rows).logits[:, :-1].reshape(-1, 11), rows[:, 1:].flatten(), label_smoothing=smoothing
+        )
+        gradients = torch.autograd.grad(loss + nuclear_penalty(slow), values(slow))
+        for p, v, gradient in zip(optimiser.param_groups[0]["params"], values(slow), gradients, strict=True):
+            p.grad = gradient
+            p.data = v.data
+        optimiser.step()
+    for ours, theirs in zip(values(model), values(slow), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+def test_loss_scale_does_not_reach_the_penalty():
+    """A fused optimiser takes scaled gradients and divides them itself; GradScaler divides before any other's step."""
+    torch.set_default_dtype(torch.float32)
+    found = []
+    for scaled, fused in ((False, False), (True, False), (True, True)):
+        model = adapted(penalty=2.0, penalty_layers=0, seed=0)
+        optimiser = torch.optim.AdamW(values(model), lr=1e-2, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, enabled=scaled)
+        for _ in range(3):
+            optimiser.zero_grad()
+            scaler.scale((model(torch.ones(2, 12)) - 1).square().mean()).backward()
+            scaler.step(optimiser)
+            scaler.update()
+        found.append([v.detach().clone() for v in values(model)])
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_out_of_use_is_left_alone():
+    """Held by the optimiser, but not active: no gradient, so no penalty either."""
+    model = adapted(penalty=10.0, penalty_layers=0)
+    model.add_adapter("other", SaraConfig(threshold=0.1, penalty=10.0, target_modules=["lin0"]))
+    (other,) = [m.parameter("values", "other") for m in layers(model) if m.has_adapter("other")]
+    other.requires_grad_(True)
+    before = other.detach().clone()
+    optimiser = torch.optim.SGD([*values(model), other], lr=0.1)
+    model(torch.randn(3, 12)).square().mean().backward()
+    optimiser.step()
+    assert torch.equal(other, before)
+    assert other.grad is None
+
+
+def test_hooks_of_the_base_layer_are_called():
+    """Where something is hooked on the layer, its own forward runs and the change is added."""
+    model, x, seen = adapted(init_weights=False), torch.randn(5, 12), []
+    expected = model(x)
+    layers(model)[0].base_layer.register_forward_hook(lambda *args: seen.append(1))
+    torch.testing.assert_close(model(x), expected)
+    assert seen == [1]
 
 
 # -- re-selection ---------------------------------------------------------------------------------------------------
@@ -229,8 +304,7 @@ def test_reselection():
     for v, mask in zip(values(model), kept(model), strict=True):
         assert torch.equal(mask, v.abs() < 0.1)
         assert 0 < mask.sum() < len(mask)
-        for name in ("exp_avg", "exp_avg_sq", "step"):
-            assert not optimiser.state[v][name].any()
+        assert not optimiser.state.get(v)  # made anew, from zero, by the next step
     for _ in range(15):
         optimiser.zero_grad()
         (model(torch.randn(8, 12)) - 1).square().mean().backward()
@@ -315,7 +389,7 @@ def test_merged_equals_the_edited_weight():
     model.merge_adapter()
     assert torch.equal(model(x), expected)
     for layer, v in zip(layers(model), values(model), strict=True):
-        assert torch.equal(layer.get_base_weight().flatten()[layer.buffer("polyrank_sara_places", "default")], v)
+        assert torch.equal(layer.get_base_weight().flatten()[layer.parameter("places", "default")], v)
     model.unmerge_adapter()
     for layer, weight in zip(layers(model), before, strict=True):
         assert torch.equal(layer.get_base_weight(), weight)
@@ -375,7 +449,7 @@ def test_config_errors(fields, message):
 
 
 def test_model_errors():
-    with pytest.raises(ConfigError, match="the model has no SaRA adapter 'default'"):
+    with pytest.raises(ConfigError, match="the model has no adapter 'default' of method 'sara'"):
         nuclear_penalty(Model())
     with torch.device("meta"):
         base = nn.ModuleDict({"lin0": nn.Linear(2, 2)})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shlex
 import shutil
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,15 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from polyrank.cli import main
 from polyrank.core.records import Metric, Row, new_record, write_record
 from polyrank.hypotheses import MclConfig
+
+
+def load_module(path):
+    """A module of another folder of tests, by its file."""
+    spec = importlib.util.spec_from_file_location(f"of_cli_{path.stem}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
 
 WORDS = ["Once", "upon", "a", "time", "there", "was", "little", "girl", "named", "Lily", "and", "dog", ".", "the"]
 
@@ -85,6 +97,17 @@ def polyrank(capsys, caplog):
         return Done(status, captured.out, captured.err)
 
     return call
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Nothing may ask for the network, also where the environment does not say that there is none."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    asked = load_module(Path(__file__).parents[1] / "no_network.py").guard(monkeypatch)
+    yield asked
+    assert not asked, "asked for the network with all inputs local"
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,7 @@ def test_help_shows_what_it_does_and_an_example(polyrank, verb):
     summary, examples = VERBS[verb]
     assert (done.status, done.err) == (0, "")
     assert summary[1:].split()[0] in done.out
+    assert done.out.rstrip().endswith(examples[-1])
     assert all(example in done.out for example in examples)
     assert f"\n    {verb}" in polyrank("gpl --help").out
 
@@ -73,7 +74,7 @@ def test_examples_parse(example):
 
 
 @pytest.mark.parametrize("example", [e for verb in ("index", "search", "evaluate") for e in VERBS[verb][1]])
-def test_examples_run(polyrank, indexed, example):
+def test_examples_run(polyrank, indexed, no_network, example):
     if "base-index" in example:
         example += f" --model {indexed / 'encoder'}"  # without one it is the real MiniLM
     done = polyrank(example)
@@ -218,6 +219,18 @@ def test_mistakes_are_one_line_with_status_2(polyrank, bad, monkeypatch, line):
     assert "Traceback" not in done.err
     assert all("polyrank: error" not in text for text in before)  # a note on the way is allowed, a second error not
     assert done.out == ""
+
+
+@pytest.mark.parametrize("example", VERBS["run"][1])
+def test_examples_of_run(polyrank, place, no_network, example):
+    """With the toy encoder and few steps; without them it is the real MiniLM and 600."""
+    few = "queries_per_document=1 negatives=4 steps=2 batch_size=2 save_every=1 rank=2 warmup_steps=1 max_length=16"
+    done = polyrank(f"{example} encoder={place / 'encoder'} {few}")
+    assert done.status == 0, done.err
+    if "--cfg" in example:
+        assert "corpus: documents" in done.out
+    else:
+        assert (Path(done.out.strip()) / "adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_run_is_the_recipe_gpl(polyrank, place, monkeypatch):

@@ -16,13 +16,15 @@ from polyrank.compression._pruning_folder import read_plan
 from polyrank.compression._pruning_layout import units
 from polyrank.compression.loram import (
     LoramConfig,
+    align_pruned,
     load_pruned,
     prune_model,
     recover_adapter,
     recover_state,
     save_pruned,
 )
-from polyrank.core.errors import CheckpointError, ConfigError
+from polyrank.core.errors import CheckpointError, ConfigError, DataError
+from polyrank.recipes._loram_alignment import LoramOptions, text_rows
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
@@ -280,6 +282,78 @@ def test_export_equals_manual_merge(build, pattern, tmp_path):
     torch.testing.assert_close(logits(large.merge_and_unload()), logits(by_hand), rtol=0, atol=1e-10)
 
 
+# -- alignment ------------------------------------------------------------------------------------------------------
+
+
+def rows_of(ids):
+    return [{"input_ids": row, "labels": row} for row in ids]
+
+
+ALIGNED = {"max_steps": 20, "learning_rate": 2e-3, "use_cpu": True, "disable_tqdm": True}
+
+
+@pytest.mark.skipif(not STORIES.exists(), reason="POLYRANK_DATA lacks models/stories260k")
+def test_alignment(tmp_path):
+    """On text that the whole model wrote: other such text becomes likelier in the pruned model, the head stays. LoRA
+    trained on it for another task, then recovered, serves the whole model there."""
+    base = stories()
+    torch.manual_seed(1)
+    ends = {"eos_token_id": None, "pad_token_id": 0}
+    text = base.generate(torch.ones(80, 1, dtype=torch.long), do_sample=True, top_k=0, max_new_tokens=64, **ends)
+    general, held = text.split(64)
+    pruned, plan = prune_model(base, LoramConfig(ratio=0.5))
+    head, mark = pruned.get_output_embeddings().weight.detach().clone(), pruned.name_or_path
+    flags = [p.requires_grad for p in pruned.parameters()]
+
+    def loss_of(model, ids):
+        with torch.no_grad():
+            return float(model.eval()(ids, labels=ids).loss)
+
+    before = loss_of(pruned, held)
+    assert align_pruned(pruned, plan, rows_of(general), **ALIGNED) is pruned
+    assert loss_of(pruned, held) < before - 0.5
+    assert torch.equal(pruned.get_output_embeddings().weight, head)
+    assert (flags, mark) == ([p.requires_grad for p in pruned.parameters()], pruned.name_or_path)
+    save_pruned(pruned, plan, tmp_path / "pruned")
+    again, read = load_pruned(tmp_path / "pruned")
+    assert (loss_of(again, held), read) == (pytest.approx(loss_of(pruned, held), abs=1e-6), plan)
+    train, test = changed_stories(base).split(48)
+    torch.manual_seed(0)
+    small = get_peft_model(again, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear"))
+    optimiser = torch.optim.AdamW([p for p in small.parameters() if p.requires_grad], lr=2e-3)
+    for step in range(20):
+        batch = train[8 * (step % 6) : 8 * (step % 6 + 1)]
+        small(batch, labels=batch).loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    bare = loss_of(base, test)
+    assert loss_of(recovered(small, tmp_path / "pruned", base, tmp_path), test) < bare - 1.0
+
+
+@pytest.mark.parametrize("pattern", ["unstructured", "semi_structured"])
+def test_alignment_leaves_zeros(pattern):
+    """Twenty steps of AdamW with decay move every other weight of the blocks, and no weight that was cut."""
+    pruned, plan = prune_model(llama(torch.float32), LoramConfig(pattern=pattern))
+    layers = [m for n, m in pruned.named_modules() if ".1." in f".{n}." and isinstance(m, torch.nn.Linear)]
+    before = [layer.weight.detach().clone() for layer in layers]
+    align_pruned(pruned, plan, rows_of(IDS), **ALIGNED, weight_decay=0.1)
+    assert layers
+    for layer, old in zip(layers, before, strict=True):
+        assert torch.equal(layer.weight == 0, old == 0)
+        assert (layer.weight != old)[old != 0].all()
+        assert not layer.weight._backward_hooks
+
+
+def test_alignment_mistakes():
+    pruned, plan = prune_model(llama(torch.float32), LoramConfig())
+    with pytest.raises(ConfigError, match="needs general text: there are no rows"):
+        align_pruned(pruned, plan, [])
+    with pytest.raises(ConfigError, match="before an adapter is put on it"):
+        align_pruned(adapted(pruned), plan, rows_of(IDS))
+    with pytest.raises(ConfigError, match="LlamaModel has no head for words"):
+        align_pruned(llama(torch.float32).model, plan, rows_of(IDS))
+
+
 # -- without structure ----------------------------------------------------------------------------------------------
 
 
@@ -525,3 +599,48 @@ def test_a_run_from_the_command_line(text_run, text_files, more):
     assert logits(small).shape == logits(large).shape
     with pytest.raises(ConfigError, match=r"method 'loram': ratio must lie in \(0, 1\)"):
         text_run("loram", "method.options.ratio=1.5", "run_name=other")
+
+
+def test_an_aligned_run_from_the_command_line(text_run, text_files, tmp_path, monkeypatch):
+    """What is saved in pruned/ is aligned; a run that is killed after it goes on from there."""
+    more = ["method.options.align_steps=3", "method.options.align_learning_rate=1e-2", "save_every=100"]
+    calls, step = [], hf.Trainer.training_step
+
+    def dying_step(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 5:  # three of the alignment and one of LoRA are done
+            raise InterruptedError
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(hf.Trainer, "training_step", dying_step)
+    with pytest.raises(InterruptedError):
+        text_run("loram", *more)
+    aligned = {n: p.clone() for n, p in load_pruned(tmp_path / "runs/data_to_text/run/pruned")[0].named_parameters()}
+    folder = text_run("loram", *more)
+    assert len(calls) == 5 + 6
+    plain, _ = prune_model(hf.AutoModelForCausalLM.from_pretrained(text_files / "model"), LoramConfig())
+    again, _ = load_pruned(folder / "pruned")
+    for name, parameter in again.named_parameters():
+        assert torch.equal(parameter, aligned[name])
+    tied, ours, theirs = "model.embed_tokens.weight", dict(again.named_parameters()), dict(plain.named_parameters())
+    assert torch.equal(ours[tied], theirs[tied])  # the head's too, which is frozen
+    assert not torch.equal(ours["model.norm.weight"], theirs["model.norm.weight"])
+    assert len((folder / "alignment.jsonl").read_text().splitlines()) == 1
+
+
+def test_text_of_an_alignment(text_files, tmp_path):
+    """Each text in pieces of the length asked for, every token with its label; a piece of one token teaches nothing."""
+    tokenizer = hf.AutoTokenizer.from_pretrained(text_files / "model")
+    texts = ["Zizzi is a pub with number 3.", "Aromi is a cafe."]
+    (tmp_path / "texts.txt").write_text(f"{texts[0]}<|endoftext|>\n{texts[1]}\n<|endoftext|>\n")
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    length = len(ids[0]) - 1
+    rows = text_rows(tmp_path / "texts.txt", tokenizer, length)
+    assert [row["input_ids"] for row in rows] == [ids[0][:length], ids[1]]
+    assert all(row["labels"] == row["input_ids"] for row in rows)
+    (tmp_path / "texts.txt").write_text(" <|endoftext|>\n")
+    with pytest.raises(DataError, match=r"texts\.txt holds no text"):
+        text_rows(tmp_path / "texts.txt", tokenizer, length)
+    for fields in ({"align_steps": -1}, {"align_learning_rate": 0.0}, {"align_text": tmp_path / "texts.txt"}):
+        with pytest.raises(ConfigError, match=next(iter(fields))):
+            LoramOptions(**fields)

@@ -244,6 +244,33 @@ def test_bertscore_equals_torchmetrics_on_a_real_encoder(minilm):
         assert found[f"mean_bertscore_{part}"] == pytest.approx(theirs[part].mean(), abs=1e-5), part
 
 
+@pytest.mark.slow
+def test_bertscore_of_a_real_encoder_by_a_slow_loop(minilm):
+    from transformers import AutoModel, AutoTokenizer
+
+    body, tokenizer = AutoModel.from_pretrained(minilm).eval(), AutoTokenizer.from_pretrained(minilm)
+
+    def tokens(text):
+        with torch.no_grad():
+            return body(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 1:-1]
+
+    def greedy(these, those):
+        total = 0.0
+        for one in these:
+            total += max(float(one @ other / (one.norm() * other.norm())) for other in those)
+        return total / len(these)
+
+    candidates, references = ["a dog barks at night", "rain"], ["the dog is barking", "it rains"]
+    f1 = []
+    for candidate in candidates:
+        pairs = [(greedy(tokens(candidate), tokens(r)), greedy(tokens(r), tokens(candidate))) for r in references]
+        f1.append(max(2 * p * r / (p + r) for p, r in pairs))
+    names = ["oracle_bertscore_f1", "mean_bertscore_f1"]
+    found = evaluate_predictions([one(candidates, references)], names, models={"bertscore": minilm})
+    assert found["oracle_bertscore_f1"] == pytest.approx(max(f1), abs=1e-5)
+    assert found["mean_bertscore_f1"] == pytest.approx(sum(f1) / 2, abs=1e-5)
+
+
 def test_token_vectors_leave_out_the_ends_and_do_not_depend_on_the_batch(tiny_bert):
     model = load("bertscore", str(tiny_bert))
     texts = ["dog", "a dog barks there"]
@@ -261,9 +288,9 @@ def test_models_that_are_missing(tmp_path, by_hand, monkeypatch):
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: None)
     rows = [one(["dog"], ["dog"])]
     for name, words in {
-        "mean_sbert": "--model sbert=",
-        "mean_fer": "--model fluency=",
-        "mean_bertscore_f1": "bertscore=",
+        "mean_sbert": "sbert=FOLDER, or the hub id .*sentence-transformers/paraphrase-TinyBERT-L6-v2",
+        "mean_fer": "echecker_clotho_audiocaps_base.*--model fluency=FOLDER",
+        "mean_bertscore_f1": "bertscore=FOLDER, or the hub id .*roberta-large",
     }.items():
         with pytest.raises(DataError, match=words):
             evaluate_predictions(rows, [name])

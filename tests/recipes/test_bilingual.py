@@ -36,6 +36,7 @@ def test_a_run_from_captions_to_result(files, tmp_path, method):
         *("model.small.vocabulary=300", "model.small.num_steps=3", "model.small.batch_size=8"),
         "model.small.bf16=false",
         *("num_steps=4", "batch_size=4", "max_new_tokens=6", "decode_batch_size=3", "num_decodings=2", "rank=2"),
+        "speakers=tfidf",
     ])  # fmt: skip
     record = read_record(done.run_dir / "result.json")
     assert len(record.rows) == 2

@@ -60,13 +60,16 @@ def figures(record):
     return [{k: v for k, v in row.figures.items() if not k.endswith("time_s")} for row in record.rows]
 
 
+LABELS = {"mle": "LoRA-MLE r=2", "mle_wide": "LoRA-MLE r=4", "mcl": "LoRA-MCL r=2"}
+
+
 @pytest.mark.parametrize("method", ["mle", "mle_wide", "mcl"])
 def test_a_run_from_files_to_result(files, tmp_path, method):
     done = run_recipe(overrides(files, tmp_path, f"method={method}"))
     record = read_record(done.run_dir / "result.json")
     decodings = [row.settings["decoding"] for row in record.rows]
     assert len(decodings) == (3 if method == "mcl" else 7)
-    assert record.rows[0].method == {"mle": "LoRA-MLE r=2", "mle_wide": "LoRA-MLE r=4", "mcl": "LoRA-MCL r=2"}[method]
+    assert record.rows[0].method == LABELS[method]
     assert {row.settings["budget"] for row in record.rows} == {2, 4}
     for name in decodings:
         folder = done.run_dir if name == decodings[0] else done.run_dir / "decodings" / name
@@ -88,6 +91,24 @@ def test_a_run_from_files_to_result(files, tmp_path, method):
     assert not (done.run_dir / "training").exists()
     steps = [json.loads(line)["step"] for line in (done.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("method, label", [("moe", "LoRA-MoE r=2"), ("moe_sparse", "LoRA-MoE top 2 r=2")])
+def test_a_mixture_of_experts_at_the_same_budgets(files, tmp_path, method, label):
+    done = run_recipe(overrides(files, tmp_path, f"method={method}", "num_hypotheses=3"))
+    record = read_record(done.run_dir / "result.json")
+    names = [row.settings["decoding"] for row in record.rows]
+    assert {"beam", "diverse-0.5", "stochastic", "expert", "stochastic-x2", "expert-x2", "sample"} <= set(names)
+    assert {row.method for row in record.rows} == {label}
+    for row, name in zip(record.rows, names, strict=True):
+        folder = done.run_dir if name == names[0] else done.run_dir / "decodings" / name
+        assert {len(line.candidates) for line in read_predictions(folder)} == {3}
+        costs = [json.loads(line)["beams"] for line in (folder / "decoding_cost.jsonl").read_text().splitlines()]
+        assert set(costs) == {row.settings["budget"]} == {6 if name.endswith("x2") else 3}
+    saved = json.loads((done.run_dir / "adapter" / "adapter_config.json").read_text())
+    assert (saved["num_experts"], saved["top_k"]) == (3, 2 if method == "moe_sparse" else 0)
+    figures = record.rows[0].figures
+    assert figures["oracle_nll"] == pytest.approx(figures["mixture_nll"])  # one model, whatever its experts
 
 
 class Killed(Exception):
@@ -209,6 +230,8 @@ def test_limits_choose_the_same_inputs_for_every_seed(files, tmp_path):
         (["model.tokenizer=null"], ConfigError, "give model.tokenizer"),
         (["model=hub", "model.name_or_path=x", "model.checkpoint=y"], ConfigError, "model needs name_or_path"),
         (["method.name=mle"], ConfigError, r"decoding 'beam' \(mcl\) does not go with method 'mle'"),
+        (["method=mle", "method.name=moe_dense"], ConfigError, "did you mean 'moe'"),
+        (["method=moe", "method.name=mle"], ConfigError, "'stochastic' .moe_stochastic. does not go with method 'mle'"),
         (["model.end_token=theend"], ConfigError, "'theend' is no token"),
         (["method.decodings=[]"], ConfigError, "at least one decoding"),
         (["data.path=/nowhere"], DataError, "holds no test set"),

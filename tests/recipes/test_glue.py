@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
+    DataCollatorWithPadding,
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
@@ -20,13 +21,15 @@ from transformers import (
 
 import polyrank.hypotheses  # noqa: F401
 from polyrank.cli import main
+from polyrank.compression.lq_lora import load_lq_lora
 from polyrank.core.errors import ConfigError, DataError, UserError
 from polyrank.core.records import read_record
-from polyrank.data.glue import LabelledText
+from polyrank.data.glue import LabelledText, get_task, read_parts
 from polyrank.recipes import glue
 from polyrank.recipes._compose import check_overrides, compose, options
 from polyrank.recipes._glue_adapters import adapter_parameters, matched_method
 from polyrank.recipes._glue_training import encode, load_encoder, load_tokenizer, num_steps, positions, use_bf16
+from polyrank.recipes._sentence_head import ApartCollator
 from polyrank.recipes.run import run_recipe, run_sweep
 from polyrank.report import load_results
 
@@ -148,6 +151,71 @@ def test_the_adapter_folder_gives_the_predictions_through_peft_alone(files, tmp_
 
 class Killed(Exception):
     pass
+
+
+PROCEDURES = {
+    "loram": ("method.options.r=2",),
+    "lq_lora": ("method.options.r=2", "method.options.budget_bits=4.5", "method.options.fisher_rows=8"),
+}
+
+
+@pytest.mark.parametrize("texts", ["together", "apart"])
+@pytest.mark.parametrize("method", list(PROCEDURES))
+def test_methods_that_change_the_base(files, tmp_path, monkeypatch, method, texts):
+    """What is scored is what the adapter folder gives: LoRAM's on the whole encoder, LQ-LoRA's with its quantised
+    weights. A sitting that dies before the scores goes on to the same ones."""
+    given = overrides(files, tmp_path, f"method={method}", *PROCEDURES[method], f"+model.texts={texts}")
+
+    def dying(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(glue, "predict", dying)
+        with pytest.raises(Killed):
+            run_recipe(given)
+    done = run_recipe(given)
+    config, folder = compose_settings(given), done.run_dir / "adapter"
+    base = load_encoder(config.model, config.data, seed=7)
+    whole = sum(p.numel() for p in base.parameters())
+    model = PeftModel.from_pretrained(base, str(folder)) if method == "loram" else load_lq_lora(base, folder)
+    tokenizer = load_tokenizer(config.model)
+    test = read_parts(get_task("mrpc"), files / "mrpc", None, 0.1)["test"]
+    rows = encode(test, tokenizer, 20, sort=False, apart=texts == "apart")
+    collate = ApartCollator(tokenizer) if texts == "apart" else DataCollatorWithPadding(tokenizer)
+    with torch.no_grad():
+        batch = {key: value for key, value in collate([rows[i] for i in range(len(rows))]).items() if key != "labels"}
+        expected = model.eval()(**batch).logits
+    outputs = torch.tensor([line["outputs"] for line in predictions(done.run_dir)])
+    torch.testing.assert_close(outputs, expected, rtol=1e-4, atol=1e-5)
+    (row,) = read_record(done.run_dir / "result.json").rows
+    assert row.figures["head_parameters"] == (2 if texts == "apart" else 1) * 2 * 24 + 2
+    if method == "loram":  # query and value of 24 x 24, of which pruning leaves one head of two
+        assert row.figures["adapter_parameters"] == 4 * 2 * (24 + 12)
+        pruned = load_file(done.run_dir / "pruned" / "model.safetensors")
+        assert sum(value.numel() for value in pruned.values()) < whole
+    else:
+        assert row.figures["adapter_parameters"] == 4 * 2 * 48
+        assert (folder / "quantised.safetensors").is_file()
+
+
+def test_what_an_encoder_cannot_do(files, tmp_path):
+    with pytest.raises(ConfigError, match=r"'pat' cuts the residual stream of decoders.*data_to_text, maths and"):
+        run_recipe(overrides(files, tmp_path, "method=pat"))
+    with pytest.raises(ConfigError, match="alignment trains a language model on text; BertForSequenceClass"):
+        run_recipe(overrides(files, tmp_path, "method=loram", "method.options.align_steps=1"))
+
+
+def test_a_match_counts_what_is_trained(files, tmp_path):
+    """LoRAM's adapter is that of the pruned encoder, 4 (24 + 12) parameters a rank: rank 5 is nearest to LoRA's 768 of
+    rank 4. A method without a match keeps its size."""
+    found = [
+        matched_method(config, load_encoder(config.model, config.data)).options["r"]
+        for config in (
+            compose_settings(overrides(files, tmp_path, f"method={name}", "match_lora_rank=4", *more))
+            for name, *more in (("loram",), ("lora",), ("lora", "method.match=null"))
+        )
+    ]
+    assert found == [5, 4, 8]
 
 
 def test_a_run_killed_twice_ends_as_if_it_had_not_been(files, tmp_path, monkeypatch):

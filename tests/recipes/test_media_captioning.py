@@ -1,13 +1,16 @@
 """Recipes audio_captioning and image_captioning on tiny models of the real classes: sounds and images made here."""
 
 import json
+import os
+import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from polyrank.core.errors import ConfigError
+from polyrank.core.errors import ConfigError, DataError
 from polyrank.core.files import read_json_lines
 from polyrank.core.records import read_record
 from polyrank.evaluation.metrics import read_predictions
@@ -18,7 +21,7 @@ soundfile = pytest.importorskip("soundfile")
 pytest.importorskip("h5py")
 SMALL = ["model.small.width=16", "model.small.heads=2", "model.small.num_steps=2", "model.small.vocabulary=300",
          "num_steps=3", "batch_size=2", "rank=2", "num_hypotheses=2", "max_new_tokens=5", "decode_batch_size=2",
-         "metrics=[oracle_rouge_l]", "num_decodings=1", "save_every=2", "run_name=run"]  # fmt: skip
+         "metrics=[oracle_rouge_l]", "num_decodings=1", "save_every=2", "run_name=run", "speakers=tfidf"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +87,76 @@ def test_audio_from_files_to_result(clotho, tmp_path, method):
         assert figures["oracle_nll"] <= figures["mixture_nll"] <= figures["oracle_nll"] + np.log(2)
 
 
+def budgets(record, run_dir):
+    """Decoding -> budget of its row, checked against what was decoded: K candidates each, so many beams."""
+    found = {}
+    for i, row in enumerate(record.rows):
+        name = row.settings["decoding"]
+        folder = run_dir / "decodings" / f"test-{name}" if i else run_dir
+        assert {len(line.candidates) for line in read_predictions(folder)} == {row.settings["K"]} == {2}
+        assert {cost["beams"] for cost in read_json_lines(folder / "decoding_cost.jsonl")} == {row.settings["budget"]}
+        found[name] = row.settings["budget"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mle", "moe_sparse"])
+def test_every_row_of_the_audio_table_has_k_candidates_at_its_budget(clotho, tmp_path, method):
+    done = run_recipe(audio(clotho, tmp_path, f"method={method}", "num_decodings=null"))
+    wanted = {"beam": 2, "beam-x2": 4, "diverse-0.8": 2, "tta-2": 2, "tta-2-x2": 4}
+    if method == "moe_sparse":
+        wanted |= {"dense": 2, "sparse": 2, "router": 2, "experts": 2}
+    record = read_record(done.run_dir / "result.json")
+    assert budgets(record, done.run_dir) == wanted
+    own, augmented = (record.rows[list(wanted).index(name)].figures for name in ("beam", "tta-2"))
+    assert own["oracle_nll"] == augmented["oracle_nll"]  # likelihoods do not depend on the decoding
+
+
+@pytest.mark.slow
+def test_every_row_of_the_image_table_has_k_candidates_at_its_budget(photos, tmp_path, monkeypatch):
+    """And who wrote what, where the k-th candidate is expert k's: vectors that give the writer away."""
+    from polyrank.recipes import _caption_speakers
+
+    def vectors(candidates, encoder):
+        assert encoder == "tfidf"
+        return np.stack([np.eye(2)] * len(candidates)), "given"
+
+    monkeypatch.setattr(_caption_speakers, "vectors_of", vectors)
+    done = run_recipe(image(photos, tmp_path, "method=moe", "num_decodings=null"))
+    record = read_record(done.run_dir / "result.json")
+    wanted = {"beam": 2, "beam-x2": 4, "diverse-0.8": 2, "dense": 2, "sparse": 2, "router": 2, "experts": 2}
+    assert budgets(record, done.run_dir) == wanted
+    told = [row.settings["decoding"] for row in record.rows if "speaker_accuracy" in row.figures]
+    assert told == ["experts"]
+    assert record.rows[-1].figures["speaker_accuracy"] == 1.0
+    assert record.details["decodings"]["test-experts"]["speakers"]["confusion"] == [[1, 0], [0, 1]]
+    assert (done.run_dir / "decodings" / "test-experts" / "speakers.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.parent.name for path in done.run_dir.rglob("speakers.png")] == ["test-experts"]
+
+
+@pytest.mark.parametrize("kind", ["audio", "image"])
+def test_the_published_rows(kind):
+    """Every decoding of the comparison, at beams 1, 2, 5 (sound) and 1, 2 (images); names tell what they are."""
+    from polyrank.recipes._compose import check_overrides, compose
+
+    lists = {}
+    for method in ("mle", "moe", "mcl"):
+        settings = compose(check_overrides([f"recipe={kind}_captioning", f"method={method}"])).settings
+        lists[method] = {d.name: (d.method, d.beams, d.options) for d in settings.chosen_decodings}
+    times = (1, 2, 5) if kind == "audio" else (1, 2)
+    augmented = {(0.2, 0.3), (0.4, 0.6), (0.6, 0.9)} if kind == "audio" else set()
+    for method, many in {"mle": ("beam",), "moe": ("beam", "moe_stochastic", "moe_expert"), "mcl": ("mcl",)}.items():
+        rows = list(lists[method].values())
+        for name in many:
+            assert [beams for found, beams, _ in rows if found == name] == list(times)
+        diverse = {(o["diversity_penalty"], beams) for found, beams, o in rows if found == "diverse_beam"}
+        assert diverse == (set() if method == "mcl" else {(x, b) for x in (0.5, 0.8, 1.0) for b in times})
+        masks = {(o["time_fraction"], o["frequency_fraction"], b) for found, b, o in rows if found == "tta"}
+        assert masks == (set() if method == "mcl" else {(*mask, b) for mask in augmented for b in times})
+    assert {"dense", "sparse"} <= lists["moe"].keys()
+    assert not {"dense", "sparse", "mcl"} & lists["mle"].keys()
+
+
 @pytest.mark.parametrize("method", ["mle", "mcl"])
 def test_validation_after_every_epoch_keeps_the_best(clotho, tmp_path, method):
     more = ["patience=1", "num_steps=null", "num_epochs=3", "learning_rate=0.5", "max_grad_norm=0.0"]
@@ -129,6 +202,58 @@ def test_an_interrupted_evaluation_decodes_what_is_missing_alone(photos, tmp_pat
     run_recipe(image(photos, tmp_path, "decode_batch_size=1"))
     assert len(calls) == 1
     assert path.read_bytes() == whole
+
+
+@pytest.mark.slow
+def test_two_processes_learn_what_one_learns_and_the_first_alone_writes(photos, tmp_path, run_program):
+    """Two rows in each of two processes (gloo) are four rows of one: the same adapter and candidates."""
+    more = ["method=mle", "num_steps=2"]
+    one = run_recipe([*image(photos, tmp_path / "one", *more), "batch_size=4"]).run_dir  # builds the base model, too
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "polyrank"]
+    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    overrides = image(photos, tmp_path / "two", *more)
+    done = run_program([*launch, "run", *overrides], tmp_path / "log", timeout=540, env={**os.environ, **own})
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = tmp_path / "two" / one.relative_to(tmp_path / "one")
+    tensors = [load_file(run / "adapter" / "adapter_model.safetensors") for run in (one, two)]
+    for name, tensor in tensors[0].items():
+        assert (tensor - tensors[1][name]).abs().mean() < 1e-4, name  # a step is 2e-3
+    assert [row.candidates for row in read_predictions(one)] == [row.candidates for row in read_predictions(two)]
+    assert [line["step"] for line in read_json_lines(two / "metrics.jsonl")] == [2]
+    assert (two / "finished").is_file()
+    assert not (two / "training").exists()
+    built = run_program(
+        [*launch, "run", *overrides, "model.small.layers=3", "run_name=other"],
+        tmp_path / "log2",
+        timeout=540,
+        env={**os.environ, **own},
+    )
+    assert built.returncode != 0
+    assert "model.small is built and trained first, in one process" in built.stderr
+
+
+def test_a_model_split_between_processes_is_refused(photos, tmp_path, monkeypatch):
+    for name, value in {"WORLD_SIZE": "2", "ACCELERATE_USE_FSDP": "true"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match="FSDP: recipes keep the whole adapter in every process"):
+        run_recipe(image(photos, tmp_path))
+    with pytest.raises(ConfigError, match="'image_captioning/table' runs in one process"):
+        run_recipe(["recipe=image_captioning/table", f"runs_dir={tmp_path}"])
+
+
+def test_a_pack_whose_clips_lack_captions(clotho, tmp_path):
+    import h5py
+
+    run_recipe(audio(clotho, tmp_path / "packs", "method=mle"))
+    packs = clotho / "cache" / "packs"
+    names = [f"clotho_{part}_resample_mean_raw_ident_raw.hdf" for part in ("dev", "eval")]
+    for name in names:
+        (tmp_path / name).write_bytes((packs / name).read_bytes())
+    with h5py.File(tmp_path / names[1], "r+") as file:
+        file["captions"][1] = ["", " "]
+    ready = ["data.format=pack", f"data.path={tmp_path}", f"data.train={names[0]}", f"data.test={names[1]}"]
+    with pytest.raises(DataError, match=r"1 of 2 clips have no caption \(first: 'y\.wav'\)"):
+        run_recipe(audio(clotho, tmp_path, *ready, "data.audio={}"))
 
 
 def test_bad_settings_are_named(photos, clotho, tmp_path):

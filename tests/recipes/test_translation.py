@@ -47,7 +47,7 @@ def overrides(files, runs_dir, *more):
             "model.small.bf16=false",
         ),
         *("num_hypotheses=2", "rank=2", "num_steps=6", "batch_size=4", "save_every=2", "decode_batch_size=2"),
-        *("max_new_tokens=6", *more),
+        *("max_new_tokens=6", "speakers=tfidf", *more),
     ]
 
 

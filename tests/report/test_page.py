@@ -13,6 +13,7 @@ import pytest
 from polyrank.core.errors import ConfigError, DataError
 from polyrank.core.records import Metric, Row, new_record
 from polyrank.report import load_results, write_report
+from polyrank.report.markov_figures import write_page
 from polyrank.report.plots import choose_plots, draw_svg
 from polyrank.report.tables import build_table
 
@@ -50,6 +51,15 @@ def page(results, tmp_path):
     return path.read_text(encoding="utf-8")
 
 
+def nothing_from_elsewhere(page):
+    """Asserts that no address of the page leads out of it."""
+    for name, value in read(page).attributes:
+        if name in ("src", "href", "xlink:href", "action", "data", "srcset", "poster", "background"):
+            assert value.startswith(("#", "data:image/png;base64,")), (name, value)
+    assert not re.search(r"@import|url\((?!#)", page)
+    assert not re.search(r"\b(fetch|XMLHttpRequest|WebSocket|import)\s*\(", page)
+
+
 def read(page):
     reader = Reader()
     reader.feed(page)
@@ -59,12 +69,8 @@ def read(page):
 
 
 def test_nothing_comes_from_elsewhere(page):
-    reader = read(page)
-    for name, value in reader.attributes:
-        if name in ("src", "href", "xlink:href", "action", "data"):
-            assert value.startswith("#"), (name, value)
-    assert not re.search(r"@import|url\((?!#)", page)
-    assert {"link", "iframe", "object", "img"}.isdisjoint(reader.tags)
+    nothing_from_elsewhere(page)
+    assert {"link", "iframe", "object", "img"}.isdisjoint(read(page).tags)
 
 
 def test_names_are_shown_as_text_and_only_the_pages_own_script_may_run(page, hostile):
@@ -98,10 +104,41 @@ def test_the_table_says_what_it_shows(page):
     assert "3 (0, 1, 2)" in text
     assert '<span class="best" title="best">40</span>' in page
     assert reader.tags.count("caption") >= 2
+    assert page.count('<span class="unseen"> (best)</span>') == page.count(' title="best">') > 0
+    assert "oracle BLEU against mBLEU-4. Bars: sample standard deviation over seeds" in text
     assert ("scope", "row") in reader.attributes
     assert ("scope", "col") in reader.attributes
     assert "oracle BLEU against mBLEU-4" in text
     assert "oracle BLEU against trainable parameters" in text
+
+
+def test_every_seed_as_measured_and_a_list_of_the_results(page):
+    (table,) = re.findall(r'<table data-sortable="e\d+">.*?</table>', page, re.S)
+    heads = re.findall(r'<th scope="col"><span>(.*?)</span>', table)
+    assert heads[:6] == ["method", "budget", "seed", "oracle BLEU (%)", "mBLEU-4 (%)", "peak memory (bytes)"]
+    mcl = [re.sub("<[^>]*>", " ", row).split() for row in table.splitlines() if ">LoRA-MCL<" in row]
+    assert [row[1:] for row in mcl] == [
+        ["3", str(seed), bleu, "20", "6.29146e+06", "3000"] for seed, bleu in enumerate(("38", "40", "42"))
+    ]
+    assert re.findall(r'<a href="#(t\d)">([\w-]+)</a>', page) == [("t0", "bench-mcl"), ("t1", "e2e")]
+
+
+def test_the_page_of_the_toy_is_of_the_same_kind(tmp_path, hostile):
+    png = tmp_path / "a.png"
+    png.write_bytes(b"\x89PNG")
+    rows = [["MLE line", "", "0.5"], [f"  {hostile}", "1 ± 2", "0.3"]]
+    path = write_page(tmp_path / "toy.html", "A & B", [hostile], ["", "measured", "exact"], rows, {hostile: png})
+    page = path.read_text(encoding="utf-8")
+    nothing_from_elsewhere(page)
+    reader = read(page)
+    assert reader.tags.count("script") == 1
+    assert reader.tags.count("th") == 3 + 2
+    assert [value for name, value in reader.attributes if name == "scope"] == ["col"] * 3 + ["row"] * 2
+    assert "<title>A &amp; B</title>" in page
+    assert "".join(reader.texts).count(hostile) == 3  # a paragraph, a row, a caption
+    assert f"Plot: {hostile}" in [value for name, value in reader.attributes if name == "alt"]
+    assert "prefers-color-scheme: dark" in page
+    assert "quantity" in reader.texts  # a head without words would be a head that nobody can name
 
 
 def test_it_follows_light_and_dark_and_the_width(page):
@@ -138,7 +175,11 @@ def test_markdown_has_the_same_table_and_no_markup_of_others(results, tmp_path):
     assert not re.search(r"<(script|img|b)\b", text)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     cells = {len(re.findall(r"(?<!\\)\|", line)) for line in lines if "budget" in text and len(line) > 40}
-    assert len(cells) <= 2  # one width for each of the two tables
+    assert len(cells) <= 3  # one width for each of the three tables
+    assert "### e2e: every seed" in text
+    assert "| LoRA-MCL | 3 | 2 | 42 | 20 | 6.29146e+06 | 3000 |" in text
+    assert "*oracle BLEU against mBLEU-4. Bars: sample standard deviation over seeds.*" in text
+    assert re.search(r"^Versions: .*torch 2", text, re.M)
     assert pictures
     for picture in pictures:
         assert picture.read_bytes().startswith(b"\x89PNG")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping
 from copy import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from peft import PeftConfig
 
+from ..core.claims import check_claims
 from ..core.errors import ConfigError
 from ..core.files import atomic_write
+from ..core.structure import convert
+from ._folders import CONFIG_NAME, read_object, read_shapes
 from ._peft_bridge import get_pattern_key, peft_type
 
 T = TypeVar("T")
@@ -77,8 +81,8 @@ class AdapterConfig(PeftConfig):
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ConfigError(f"rank_pattern[{name!r}] must be an integer >= 1, got {rank!r}")
         for name, alpha in (self.alpha_pattern or {}).items():
-            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha):
-                raise ConfigError(f"alpha_pattern[{name!r}] must be a finite number, got {alpha!r}")
+            if not is_finite(alpha):
+                raise ConfigError(f"alpha_pattern[{name!r}] must be a finite number, got {alpha!r:.60}")
         if isinstance(self.target_modules, str):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
@@ -96,8 +100,8 @@ class AdapterConfig(PeftConfig):
     def check_number(self, name: str, low: float = -math.inf, high: float = math.inf) -> None:
         """Raise ConfigError unless the field is a finite number in [low, high)."""
         value = getattr(self, name)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
-            raise ConfigError(f"{name} must be a finite number, got {value!r}")
+        if not is_finite(value):
+            raise ConfigError(f"{name} must be a finite number, got {value!r:.60}")
         if not low <= value < high:
             raise ConfigError(f"{name} must lie in [{low:g}, {high:g}), got {value!r}")
 
@@ -117,9 +121,37 @@ class AdapterConfig(PeftConfig):
         """Factor of the update: alpha / r, or alpha / sqrt(r) (rank-stabilised)."""
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> AdapterConfig:
+        """As PEFT's; what a local folder claims is checked against its weights, if it has any, before they are made.
+
+        Raises: CheckpointError for a folder whose files cannot be trusted; ConfigError for a wrong field.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if (folder / CONFIG_NAME).is_file():
+            values = read_object(folder)
+            check_claims(folder, values, read_shapes(folder))
+            cls._check_types(values)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+
+    @classmethod
+    def _check_types(cls, values: Mapping[str, Any]) -> None:
+        """Raise ConfigError for a value of our own fields that is of another type: PEFT passes on what JSON holds."""
+        pefts, hints = {item.name for item in fields(PeftConfig)}, get_type_hints(cls)
+        for item in fields(cls):
+            if item.name not in pefts and values.get(item.name) is not None:
+                convert(values[item.name], hints[item.name], item.name)
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
         _explain_loading(Path(save_directory) / "README.md")
+
+
+def is_finite(value: object) -> bool:
+    """Whether this is a number, and one that a float can hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 _LOADING = """

@@ -83,14 +83,22 @@ def _in_hub_cache(root: Path, real: Path) -> bool:
 
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The adapter's configuration, a JSON object. Raises CheckpointError where it is missing or none."""
+    config = read_object(folder)
+    if not isinstance(config.get("peft_type"), str):
+        raise CheckpointError(f"{Path(folder) / CONFIG_NAME} is no adapter configuration (no `peft_type`)")
+    return config
+
+
+def read_object(folder: str | Path) -> dict[str, Any]:
+    """What the folder's adapter_config.json holds. Raises CheckpointError where it is missing or no JSON object."""
     _check_folder(folder)
     path = inside(folder, CONFIG_NAME)
     try:
         config = parse_json(read_bytes(path, LARGEST_CONFIG))
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise CheckpointError(f"{path} is no adapter configuration (a JSON object with `peft_type`)")
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path} is no adapter configuration (a JSON object)")
     return config
 
 
@@ -120,7 +128,10 @@ def read_header(path: str | Path) -> dict[str, TensorEntry]:
         raise CheckpointError(f"{path} is no safetensors file: its header is {error}") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} is no safetensors file: its header is no JSON object")
-    entries = {name: _entry(path, name, value) for name, value in header.items() if name != "__metadata__"}
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise CheckpointError(f"{path} is no safetensors file: its __metadata__ is no object of texts")
+    entries = {name: _entry(path, name, value) for name, value in header.items()}
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
         if entry.start != position:
@@ -142,7 +153,7 @@ def _entry(path: Path, name: str, value: Any) -> TensorEntry:
         return isinstance(number, int) and not isinstance(number, bool) and 0 <= number < 2**63
 
     dtype, shape, offsets = (value.get(key) if isinstance(value, dict) else None for key in _ENTRY_KEYS)
-    sound = isinstance(dtype, str) and dtype in ITEM_BITS
+    sound = isinstance(dtype, str) and dtype in ITEM_BITS and not any("\ud800" <= sign <= "\udfff" for sign in name)
     sound = sound and isinstance(shape, list) and len(shape) <= 64 and all(map(is_size, shape))
     sound = sound and isinstance(offsets, list) and len(offsets) == 2 and all(map(is_size, offsets))
     if not sound:
@@ -166,13 +177,7 @@ def read_weights(folder: str | Path, check: Callable[[Mapping[str, TensorEntry]]
     Raises: CheckpointError for a folder without a sound safetensors file, or with values that are not finite.
     """
     _check_folder(folder)
-    if not (Path(folder) / WEIGHTS_NAME).exists() and not (Path(folder) / WEIGHTS_NAME).is_symlink():
-        pickles = sorted(p.name for p in Path(folder).iterdir() if p.suffix in PICKLE_SUFFIXES)
-        if pickles:
-            raise CheckpointError(
-                f"{folder} holds {pickles[0]}, a pickle, and no {WEIGHTS_NAME}; pickles can run code and are not read. "
-                "Whoever made the adapter can save it again with a current PEFT, which writes safetensors"
-            )
+    if not _has_weights(folder):
         raise CheckpointError(f"{folder} has no {WEIGHTS_NAME}")
     path = inside(folder, WEIGHTS_NAME)
     entries = read_header(path)
@@ -186,6 +191,30 @@ def read_weights(folder: str | Path, check: Callable[[Mapping[str, TensorEntry]]
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path}: tensor {name!r} holds values that are not finite")
     return tensors
+
+
+def read_shapes(folder: str | Path) -> list[tuple[int, ...]]:
+    """Shapes of the adapter's tensors from the header alone; none where the folder has no safetensors file.
+
+    Raises: CheckpointError for a file that is not sound, or a link out of the folder.
+    """
+    path = Path(folder) / WEIGHTS_NAME
+    if not path.exists() and not path.is_symlink():
+        return []
+    return [entry.shape for entry in read_header(inside(folder, WEIGHTS_NAME)).values()]
+
+
+def _has_weights(folder: str | Path) -> bool:
+    """Whether a folder has its safetensors file. Raises CheckpointError where it has only a pickle."""
+    path = Path(folder) / WEIGHTS_NAME
+    if path.exists() or path.is_symlink():
+        return True
+    if pickles := sorted(p.name for p in Path(folder).glob("adapter_model.*") if p.suffix in PICKLE_SUFFIXES):
+        raise CheckpointError(
+            f"{folder} holds {pickles[0]}, a pickle, and no {WEIGHTS_NAME}; pickles can run code and are not read. "
+            "Whoever made the adapter can save it again with a current PEFT, which writes safetensors"
+        )
+    return False
 
 
 def _check_folder(folder: str | Path) -> None:

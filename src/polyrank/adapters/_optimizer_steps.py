@@ -42,8 +42,17 @@ class SteppedLayer(AdapterLayer):
         self.steps[adapter_name] = 0
         super().update_layer(adapter_name, config, rank, alpha)
 
+    @classmethod
+    def before_steps(cls, layers: list[Any], adapter: str, optimizer: Optimizer) -> None:
+        """Called once before the step with all layers of this class whose adapter it trains, in the optimiser's order.
+
+        Gradients are complete; those of a fused optimiser under GradScaler are still scaled, by its `grad_scale`.
+        """
+        for layer in layers:
+            layer.before_step(adapter, optimizer)
+
     def before_step(self, adapter: str, optimizer: Optimizer) -> None:
-        """Called before the step; gradients are complete."""
+        """Called before the step for each layer."""
 
     def after_step(self, adapter: str, optimizer: Optimizer) -> None:
         """Called after the step, `steps` being already that of the step just taken (1 after the first)."""
@@ -62,27 +71,35 @@ def _install() -> None:
 
 
 def _trained(optimizer: Optimizer) -> list[tuple[SteppedLayer, str, torch.Tensor]]:
-    """(layer, adapter, one of its parameters) for what this optimiser trains."""
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    """(layer, adapter, one of its parameters) for what this optimiser trains, in the order in which it holds them."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    place = {id(p): number for number, p in enumerate(parameters)}
     found = []
     for layer in list(_layers):
         for adapter in layer.r:
-            owned = [
-                p for name in layer.adapter_layer_names for key, p in getattr(layer, name).items() if key == adapter
-            ]
-            found += [(layer, adapter, p) for p in owned if id(p) in held and p.requires_grad][:1]
-    return found
+            owned = [getattr(layer, name).get(adapter) for name in layer.adapter_layer_names]
+            found += [(layer, adapter, p) for p in owned if id(p) in place and p.requires_grad][:1]
+    return sorted(found, key=lambda entry: place[id(entry[2])])
+
+
+def _count(optimizer: Optimizer, parameter: torch.Tensor) -> int | None:
+    counted = optimizer.state.get(parameter, {}).get("step")
+    return None if counted is None else int(counted)
 
 
 @torch.no_grad()
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-    for layer, adapter, _ in _trained(optimizer):
-        layer.before_step(adapter, optimizer)
+    together: dict[tuple[type[SteppedLayer], str], list[SteppedLayer]] = {}
+    for layer, adapter, parameter in _trained(optimizer):
+        layer.steps[adapter] = _count(optimizer, parameter) or layer.steps[adapter]  # a resumed run's, before its step
+        together.setdefault((type(layer), adapter), []).append(layer)
+    for (kind, adapter), layers in together.items():
+        kind.before_steps(layers, adapter, optimizer)
 
 
 @torch.no_grad()
 def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     for layer, adapter, parameter in _trained(optimizer):
-        counted = optimizer.state.get(parameter, {}).get("step")
-        layer.steps[adapter] = layer.steps[adapter] + 1 if counted is None else int(counted)
+        counted = _count(optimizer, parameter)
+        layer.steps[adapter] = layer.steps[adapter] + 1 if counted is None else counted
         layer.after_step(adapter, optimizer)

@@ -15,8 +15,9 @@ import peft
 from packaging.version import Version
 from peft.tuners import mixed as _mixed
 from peft.tuners.mixed import model as _mixed_model
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import PeftType, register_peft_method
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features as get_in_out_features
+from peft.utils import PeftType, register_peft_method, resolve_quantization_backend
 from peft.utils.other import get_pattern_key
 
 from ..core.errors import VersionError
@@ -26,11 +27,15 @@ PEFT_TESTED = (Version("0.21.0"), Version("0.22"))
 """Half-open range of PEFT versions whose internals this bridge was tested with."""
 
 __all__ = [
+    "BaseTunerLayer",
+    "check_adapters_to_merge",
     "check_peft_version",
+    "get_in_out_features",
     "get_pattern_key",
     "parameter_prefix",
     "peft_type",
     "register_method",
+    "resolve_quantization_backend",
 ]
 
 NAMESPACE = "polyrank_"

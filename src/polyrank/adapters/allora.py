@@ -17,7 +17,6 @@ acts on A's mixture of rows only; under SGD on both. Clipping the global norm ta
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,29 +82,11 @@ class RowScaled(torch.autograd.Function):
 
 
 class AlloraLinear(AdapterLayer):
-    parameter_names = ("A", "B")
-    other_param_names = (*AdapterLayer.other_param_names, "eta_squared")
-
-    def __init__(self, base_layer: nn.Module, **quantization: object) -> None:
-        super().__init__(base_layer, **quantization)
-        self.eta_squared: dict[str, float] = {}
-
-    def update_layer(self, adapter_name: str, config: AlloraConfig, rank: int, alpha: float) -> None:
-        self.eta_squared[adapter_name] = config.eta_squared
-        super().update_layer(adapter_name, config, rank, alpha)
-
-    def make_parameters(self, config: AlloraConfig, rank: int) -> dict[str, Tensor]:
-        A, B = torch.empty(rank, self.in_features), torch.zeros(self.out_features, rank)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if not config.init_weights:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-        return {"A": A, "B": B}
-
     def delta(self, x: Tensor, adapter: str) -> Tensor:
         A, B, scale = self.parameter("A", adapter), self.parameter("B", adapter), self.scaling[adapter]
         if not (torch.is_grad_enabled() and (A.requires_grad or B.requires_grad)):
             return linear(linear(x, A), B) * scale
-        c = row_factors(A, B, self.eta_squared[adapter], scale)
+        c = row_factors(A, B, self.configs[adapter].eta_squared, scale)
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else A.dtype
         with torch.autocast(device, enabled=False):  # the backward runs without autocast, and needs one dtype
@@ -114,10 +95,6 @@ class AlloraLinear(AdapterLayer):
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A (r, in), B (out, r), scale included."""
         return self.parameter("A", adapter), self.parameter("B", adapter) * self.scaling[adapter]
-
-    def delta_weight(self, adapter: str) -> Tensor:
-        A, B = self.lora_factors(adapter)
-        return B @ A
 
 
 AlloraModel = register_adapter(

@@ -81,24 +81,17 @@ def shrink(w: Tensor, kappa: float, threshold: str = "soft") -> Tensor:
 
 class CodyraLinear(SteppedLayer):
     parameter_names = ("A", "B", "w")
-    other_param_names = (*SteppedLayer.other_param_names, "configs")
 
     def __init__(self, base_layer: nn.Module, **quantization: object) -> None:
         super().__init__(base_layer, **quantization)
-        self.configs: dict[str, CodyraConfig] = {}
         self.master: Tensor | None = None  # the base weight in fp32, once a task was merged into a half-precision one
 
     def update_layer(self, adapter_name: str, config: CodyraConfig, rank: int, alpha: float) -> None:
-        self.configs[adapter_name] = config
         super().update_layer(adapter_name, config, rank, alpha)
         teach_trainer()
 
     def make_parameters(self, config: CodyraConfig, rank: int) -> dict[str, Tensor]:
-        A, B = torch.empty(rank, self.in_features), torch.zeros(self.out_features, rank)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if not config.init_weights:
-            nn.init.normal_(B, std=0.4)
-        return {"A": A, "B": B, "w": torch.randn(rank)}
+        return {**super().make_parameters(config, rank), "w": torch.randn(rank)}
 
     def decays(self, adapter: str) -> bool:
         return False
@@ -106,10 +99,6 @@ class CodyraLinear(SteppedLayer):
     def delta(self, x: Tensor, adapter: str) -> Tensor:
         A, B, w = (self.parameter(name, adapter) for name in self.parameter_names)
         return linear(linear(x, A) * (w * self.scaling[adapter]), B)
-
-    def delta_weight(self, adapter: str) -> Tensor:
-        A, B = self.lora_factors(adapter)
-        return B @ A
 
     def lora_factors(self, adapter: str) -> tuple[Tensor, Tensor]:
         """A (R, in), B (out, R) of the R components whose gate is open; R may be 0."""
@@ -136,24 +125,17 @@ class CodyraLinear(SteppedLayer):
             parameter.data = parameter.data.to(dtype)
 
 
-def _layers(model: nn.Module, adapter_name: str) -> dict[str, CodyraLinear]:
-    adapted = ((name, m) for name, m in model.named_modules() if isinstance(m, CodyraLinear))
-    layers = {name: m for name, m in adapted if m.has_adapter(adapter_name)}
-    if not layers:
-        raise ConfigError(f"the model has no CoDyRA adapter {adapter_name!r}")
-    return layers
-
-
 def active_ranks(model: nn.Module, adapter_name: str = "default") -> dict[str, int]:
     """Open gates of each adapted layer, by the layer's name."""
-    return {name: int((m.parameter("w", adapter_name) != 0).sum()) for name, m in _layers(model, adapter_name).items()}
+    layers = CodyraLinear.find(model, adapter_name)
+    return {name: int((layer.parameter("w", adapter_name) != 0).sum()) for name, layer in layers.items()}
 
 
 @torch.no_grad()
 def component_sizes(model: nn.Module, adapter_name: str = "default") -> dict[str, Tensor]:
     """|w_q| |b_q| |a_q| of each layer, (r,): what a component adds, whichever of the three carries it."""
     sizes = {}
-    for name, layer in _layers(model, adapter_name).items():
+    for name, layer in CodyraLinear.find(model, adapter_name).items():
         A, B, w = (layer.parameter(p, adapter_name) for p in layer.parameter_names)
         sizes[name] = w.abs() * B.norm(dim=0) * A.norm(dim=1)
     return sizes
@@ -167,7 +149,7 @@ def merge_task(model: nn.Module, adapter_name: str = "default") -> dict[str, int
     Returns: the open gates of each layer before merging.
     Raises: ConfigError where no layer carries the adapter, or where adapters are merged already.
     """
-    layers = _layers(model, adapter_name)
+    layers = CodyraLinear.find(model, adapter_name)
     if any(layer.merged for layer in layers.values()):
         raise ConfigError("unmerge the adapters before ending a task: the weights hold one of them already")
     ranks = active_ranks(model, adapter_name)

@@ -10,20 +10,16 @@ Differs:
 - the rank is the number of rows, 1 .. r; the released index is one less, and asking it for rank r fails.
 - b is a function of `seed` and the step alone: layers, data-parallel workers, accumulated batches and recomputed
   (checkpointed) forwards all see the same one. A layer whose rank differs (`rank_pattern`) takes the same quantile.
-- in eval mode the rank is the one set (`set_rank`, default r), never the one drawn last.
+- in eval mode the rank is the one set (`set_rank`, default r), never the one drawn last; merging remembers its own.
 - `mask_step`: a zero gradient is no rest for Adam, whose momentum and decay go on moving rows that were not drawn (the
   released behaviour, and the default); with True those rows and their moments are put back after each step.
 - `constant_scale` (off): under alpha / b the first component would have to be a different one at each b; with one scale
   the best nested factors are those of the singular value decomposition at every b.
-- compiled training masks rows instead of slicing them, so that a graph serves every rank.
 """
 
 from __future__ import annotations
 
-import itertools
-import math
 import random
-from bisect import bisect_right
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -40,8 +36,6 @@ from ._base import AdapterConfig, register_adapter
 from ._lora_export import export_lora
 from ._optimizer_steps import SteppedLayer
 
-MODES = ("normal", "frozen")
-
 
 @dataclass
 class DyloraConfig(AdapterConfig):
@@ -52,28 +46,19 @@ class DyloraConfig(AdapterConfig):
 
     mode: str = field(default="normal", metadata={"help": "normal: train rows 1..b. frozen: train row b only."})
     min_rank: int = field(default=1, metadata={"help": "Smallest rank that is drawn."})
-    rank_weights: list[float] | None = field(
-        default=None, metadata={"help": "Weights of the ranks min_rank .. r in the draw. Default: all alike."}
-    )
-    mask_step: bool = field(
-        default=False, metadata={"help": "Hold rows that were not drawn against momentum and decay."}
-    )
-    constant_scale: bool = field(
-        default=False, metadata={"help": "Ours: scale alpha / r at every rank, so that a component weighs the same."}
-    )
+    rank_weights: list[float] | None = field(default=None, metadata={"help": "Weights of min_rank .. r in the draw."})
+    mask_step: bool = field(default=False, metadata={"help": "Hold rows not drawn against momentum and decay."})
+    constant_scale: bool = field(default=False, metadata={"help": "Ours: scale alpha / r at every rank."})
     seed: int = field(default=0, metadata={"help": "Seed of the draws."})
-    inference_rank: int | None = field(
-        default=None, metadata={"help": "Rank in eval mode and when merged. Default: r."}
-    )
+    inference_rank: int | None = field(default=None, metadata={"help": "Rank in eval mode and merged. Default: r."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        largest = max([self.r, *(self.rank_pattern or {}).values()])
-        check_choice("mode", self.mode, MODES)
+        check_choice("mode", self.mode, ("normal", "frozen"))
         self.check_int("min_rank", 1, self.r)
         self.check_int("seed", 0)
         if self.inference_rank is not None:
-            self.check_int("inference_rank", 1, largest)
+            self.check_int("inference_rank", 1, max([self.r, *(self.rank_pattern or {}).values()]))
         if self.rank_weights is not None:
             count = self.r - self.min_rank + 1
             if self.rank_pattern:
@@ -84,12 +69,8 @@ class DyloraConfig(AdapterConfig):
 
 def draw_rank(config: DyloraConfig, step: int) -> int:
     """The rank b of one optimiser step for a layer of rank `config.r`."""
-    u = random.Random(derive_seed(config.seed, "dylora", step)).random()
-    low = min(config.min_rank, config.r)
-    if config.rank_weights is None:
-        return low + int(u * (config.r - low + 1))
-    sums = list(itertools.accumulate(config.rank_weights))
-    return low + min(bisect_right(sums, u * sums[-1]), len(sums) - 1)
+    ranks = range(min(config.min_rank, config.r), config.r + 1)
+    return random.Random(derive_seed(config.seed, "dylora", step)).choices(ranks, config.rank_weights)[0]
 
 
 def cut(A: Tensor, B: Tensor, rank: int, hold: bool = False) -> tuple[Tensor, Tensor]:
@@ -101,7 +82,7 @@ def cut(A: Tensor, B: Tensor, rank: int, hold: bool = False) -> tuple[Tensor, Te
 
 
 def mask(A: Tensor, B: Tensor, rank: Tensor, hold: bool = False) -> tuple[Tensor, Tensor]:
-    """The same with zeros for the rows and columns that are cut off; the shapes do not depend on `rank` (a scalar)."""
+    """The same with zeros for what is cut off, so that one compiled graph serves every `rank` (a scalar)."""
     row = torch.arange(1, len(A) + 1, device=A.device)
     kept, trained = (row <= rank).to(A.dtype), (row == rank if hold else row <= rank)
     A = torch.where(trained[:, None], A, A.detach()) * kept[:, None]
@@ -109,14 +90,12 @@ def mask(A: Tensor, B: Tensor, rank: Tensor, hold: bool = False) -> tuple[Tensor
 
 
 class DyloraLinear(SteppedLayer):
-    """Attributes, per adapter: configs; drawn, drawn_tensor (the present step's b); rank (that of eval mode)."""
+    """Attributes, per adapter: drawn, drawn_tensor (the present step's b); rank (that of eval mode); merged_rank."""
 
-    parameter_names = ("A", "B")
-    other_param_names = (*SteppedLayer.other_param_names, "configs", "drawn", "drawn_tensor", "rank", "merged_rank")
+    other_param_names = (*SteppedLayer.other_param_names, "drawn", "drawn_tensor", "rank", "merged_rank")
 
     def __init__(self, base_layer: nn.Module, **quantization: object) -> None:
         super().__init__(base_layer, **quantization)
-        self.configs: dict[str, DyloraConfig] = {}
         self.drawn: dict[str, int] = {}
         self.drawn_tensor: dict[str, Tensor] = {}
         self.rank: dict[str, int] = {}
@@ -124,7 +103,6 @@ class DyloraLinear(SteppedLayer):
         self._before: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
     def update_layer(self, adapter_name: str, config: DyloraConfig, rank: int, alpha: float) -> None:
-        self.configs[adapter_name] = config
         self.rank[adapter_name] = min(config.inference_rank or rank, rank)
         super().update_layer(adapter_name, config, rank, alpha)
         device = self.parameter("A", adapter_name).device
@@ -135,19 +113,10 @@ class DyloraLinear(SteppedLayer):
         self.drawn[adapter] = draw_rank(self.configs[adapter], self.steps[adapter])
         self.drawn_tensor[adapter].fill_(self.drawn[adapter])
 
-    def make_parameters(self, config: DyloraConfig, rank: int) -> dict[str, Tensor]:
-        A, B = torch.empty(rank, self.in_features), torch.zeros(self.out_features, rank)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-        if not config.init_weights:
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-        return {"A": A, "B": B}
-
     def scale(self, adapter: str, rank: int | Tensor) -> float | Tensor:
         """alpha / b (rank-stabilised: alpha / sqrt(b)); alpha / r with `constant_scale`."""
         config, ratio = self.configs[adapter], self.r[adapter] / rank
-        if config.constant_scale:
-            return self.scaling[adapter]
-        return self.scaling[adapter] * (ratio**0.5 if config.use_rslora else ratio)
+        return self.scaling[adapter] * (1.0 if config.constant_scale else ratio**0.5 if config.use_rslora else ratio)
 
     def delta(self, x: Tensor, adapter: str) -> Tensor:
         A, B, hold = self.parameter("A", adapter), self.parameter("B", adapter), self.configs[adapter].mode == "frozen"
@@ -167,20 +136,15 @@ class DyloraLinear(SteppedLayer):
         A, B = cut(self.parameter("A", adapter), self.parameter("B", adapter), self.rank[adapter])
         return A, B * self.scale(adapter, self.rank[adapter])
 
-    def delta_weight(self, adapter: str) -> Tensor:
-        A, B = self.lora_factors(adapter)
-        return B @ A
-
     def merged_weight(self, weight: Tensor, adapter: str) -> Tensor:
         self.merged_rank[adapter] = self.rank[adapter]
         return super().merged_weight(weight, adapter)
 
     def unmerged_weight(self, weight: Tensor, adapter: str) -> Tensor:
         now, self.rank[adapter] = self.rank[adapter], self.merged_rank[adapter]  # it may have changed meanwhile
-        try:
-            return super().unmerged_weight(weight, adapter)
-        finally:
-            self.rank[adapter] = now
+        weight = super().unmerged_weight(weight, adapter)
+        self.rank[adapter] = now
+        return weight
 
     def before_step(self, adapter: str, optimizer: Optimizer) -> None:
         if self.configs[adapter].mask_step:
@@ -201,40 +165,31 @@ def _moments(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:
     return [value for value in state if isinstance(value, Tensor) and value.shape == parameter.shape]
 
 
-def _layers(model: nn.Module, adapter_name: str) -> list[DyloraLinear]:
-    layers = [m for m in model.modules() if isinstance(m, DyloraLinear) and m.has_adapter(adapter_name)]
-    if not layers:
-        raise ConfigError(f"the model has no DyLoRA adapter {adapter_name!r}")
-    return layers
-
-
 def set_rank(model: nn.Module, rank: int, adapter_name: str = "default") -> None:
     """Choose the rank of eval mode, merging, export and saving; a layer whose own r is smaller keeps its r.
 
     Raises: ConfigError where no layer carries the adapter or the rank is not in 1 .. r.
     """
-    layers = _layers(model, adapter_name)
+    layers = DyloraLinear.find(model, adapter_name).values()
     largest = max(layer.r[adapter_name] for layer in layers)
     if not isinstance(rank, int) or not 1 <= rank <= largest:
         raise ConfigError(f"rank must be an integer >= 1 and <= {largest}, got {rank!r}")
     for layer in layers:
         layer.rank[adapter_name] = min(rank, layer.r[adapter_name])
-    config = getattr(model, "peft_config", {}).get(adapter_name)
-    if config is not None:
-        config.inference_rank = rank
+    if adapter_name in getattr(model, "peft_config", {}):
+        model.peft_config[adapter_name].inference_rank = rank
 
 
 def export_rank(model: PeftModel, folder: str | Path, rank: int, adapter_name: str = "default") -> Path:
     """Write the adapter cut to one rank as an ordinary PEFT LoRA folder (`export_lora`); the model stays as it is."""
-    layers, config = _layers(model, adapter_name), model.peft_config[adapter_name]
-    before, chosen = [layer.rank[adapter_name] for layer in layers], config.inference_rank
+    before = max(layer.rank[adapter_name] for layer in DyloraLinear.find(model, adapter_name).values())
+    chosen = model.peft_config[adapter_name].inference_rank
     set_rank(model, rank, adapter_name)
     try:
         return export_lora(model, folder, adapter_name)
     finally:
-        config.inference_rank = chosen
-        for layer, own in zip(layers, before, strict=True):
-            layer.rank[adapter_name] = own
+        set_rank(model, before, adapter_name)
+        model.peft_config[adapter_name].inference_rank = chosen
 
 
 DyloraModel = register_adapter(

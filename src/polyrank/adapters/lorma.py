@@ -171,15 +171,9 @@ class LormaLinear(AdapterLayer):
 
     def folds(self, x: Tensor, adapter: str) -> bool:
         """Whether S goes into the weight for this input: many rows, and a plain layer whose weight can be read here."""
-        base = self.base_layer
-        if self.variant[adapter] != "pi" or type(base) not in (nn.Linear, Conv1D) or self.quantization_backend:
+        if self.variant[adapter] != "pi" or x.dtype not in (torch.float32, torch.float64):
             return False
-        if (self.training and self.dropout_p[adapter]) or torch.is_autocast_enabled(x.device.type):
-            return False
-        weight, parameter = base.weight, self.parameter("A", adapter)
-        if not x.dtype == weight.dtype == parameter.dtype or x.dtype not in (torch.float32, torch.float64):
-            return False
-        if weight.requires_grad or base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"):
+        if not self.is_plain(x, adapter):
             return False
         n, other = self.out_features, self.in_features
         if self.side[adapter] == "post":

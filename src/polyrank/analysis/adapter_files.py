@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ..core.claims import check_claims
 from ..core.errors import CheckpointError, DataError
 from ..core.files import parse_json, read_bytes
 
@@ -50,7 +51,7 @@ def open_adapter(path: str | Path) -> AdapterFiles:
     """Check an adapter folder (as PEFT saves it), or a single safetensors file, without reading any tensor.
 
     Raises: CheckpointError if files are missing, are pickles, lie outside the folder (through a link), or are no valid
-        safetensors or JSON.
+        safetensors or JSON, or if the configuration claims what the weights cannot hold (`check_claims`).
     """
     path = Path(path)
     if path.is_dir():
@@ -61,9 +62,11 @@ def open_adapter(path: str | Path) -> AdapterFiles:
         raise CheckpointError(f"{path}: no such file or folder")
     _check_inside(weights, folder)
     config: Any = {}
-    if path.is_dir() and (folder / CONFIG_NAME).exists():
+    if path.is_dir() and ((folder / CONFIG_NAME).exists() or (folder / CONFIG_NAME).is_symlink()):
         config = _read_config(folder)
-    return AdapterFiles(folder, weights, config, _read_shapes(weights))
+    shapes = _read_shapes(weights)
+    check_claims(folder, config, shapes.values())
+    return AdapterFiles(folder, weights, config, shapes)
 
 
 def _weights_in(folder: Path) -> Path:

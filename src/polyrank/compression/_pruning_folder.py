@@ -112,10 +112,13 @@ def load_pruned(folder: str | Path, **kwargs: Any) -> tuple[nn.Module, PruningPl
     import transformers
 
     plan = read_plan(folder)
-    architectures = transformers.AutoConfig.from_pretrained(str(folder)).architectures or [""]
-    known = getattr(transformers, architectures[0], None)
-    if known is None:
-        raise CheckpointError(f"{folder}: transformers has no model class {architectures[0]!r}")
+    try:
+        architecture = str((transformers.AutoConfig.from_pretrained(str(folder)).architectures or [""])[0])
+    except Exception as error:  # whatever transformers meets in a folder that it did not write
+        raise CheckpointError(f"{folder} holds no model: {next(iter(str(error).splitlines()), '')}") from error
+    known = getattr(transformers, architecture, None)
+    if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)):
+        raise CheckpointError(f"{folder}: transformers has no model class {architecture!r}")
     if plan.plain:
         return known.from_pretrained(str(folder), **kwargs), plan
 

@@ -70,8 +70,11 @@ def fisher_information(
 
 
 def single_rows(batches: Iterable[Batch]) -> Iterator[dict[str, Any]]:
-    """Each row of each batch as a batch of one."""
+    """Each row of each batch as a batch of one. One with a single label is a row already, however many texts it has."""
     for batch in batches:
+        if isinstance(batch.get("labels"), Tensor) and len(batch["labels"]) == 1:
+            yield dict(batch)
+            continue
         size = max(len(value) for value in batch.values() if isinstance(value, Tensor))
         for i in range(size):
             yield {name: value[i : i + 1] if isinstance(value, Tensor) else value for name, value in batch.items()}

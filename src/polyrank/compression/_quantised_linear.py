@@ -264,6 +264,11 @@ def _rebuilt(base: nn.Module, name: str, entry: dict[str, Any], state: Mapping[s
         raise ValueError(f"layer {name!r} has {sizes} inputs and outputs in the file, {found} in the model")
     if kind not in _KINDS:
         raise ValueError(f"unknown kind of layer {kind!r}")
+    with torch.device("meta"):  # what the entry claims, before anything of that size is made
+        claimed = _KINDS[kind](*sizes, **entry).state_dict()
+    for key, value in claimed.items():
+        if (held := state.get(f"{name}.{key}")) is None or held.shape != value.shape:
+            raise ValueError(f"layer {name!r} has no {key} of {tuple(value.shape)}")
     layer = _KINDS[kind](*sizes, **entry)
     layer.take_place_of(base)
     _load_module(layer, name, state)

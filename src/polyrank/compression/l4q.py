@@ -26,7 +26,6 @@ dropped, not those of W. While training W stays in 16 bits, or what it is in: me
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,30 +89,25 @@ class L4qConfig(AdapterConfig):
 
 class L4qLinear(AdapterLayer):
     parameter_names = ("A", "B", "log_step", "zero")
-    other_param_names = (*AdapterLayer.other_param_names, "configs")
     additive = False
     exact_unmerge = True
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         super().__init__(base_layer, **quantization)
-        self.configs: dict[str, L4qConfig] = {}
         if self.quantization_backend is not None or isinstance(self.get_base_layer(), QuantisedLinear):
             raise ConfigError(f"L4Q quantises the weight itself: a {type(self.get_base_layer()).__name__} is already")
 
     def update_layer(self, adapter_name: str, config: L4qConfig, rank: int, alpha: float) -> None:
         super().update_layer(adapter_name, config, rank, alpha)
-        self.configs[adapter_name] = config
         teach_trainer()
 
     def make_parameters(self, config: L4qConfig, rank: int) -> dict[str, Tensor]:
         shape = (self.out_features, config.groups(self.in_features))
-        A, B = torch.empty(rank, self.in_features), torch.zeros(self.out_features, rank)
-        log_step, zero = torch.zeros(shape), torch.zeros(shape)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+        values = {**super().make_parameters(config, rank), "log_step": torch.zeros(shape), "zero": torch.zeros(shape)}
         if not config.init_weights:  # for tests: something is clipped on both sides
-            nn.init.kaiming_uniform_(B, a=math.sqrt(5))
-            log_step, zero = log_step - 0.1 + 0.02 * torch.randn(shape), 0.1 * torch.randn(shape)
-        return {"A": A, "B": B, "log_step": log_step, "zero": zero}
+            values["log_step"] += 0.02 * torch.randn(shape) - 0.1
+            values["zero"] += 0.1 * torch.randn(shape)
+        return values
 
     def decays(self, adapter: str) -> bool:
         return False

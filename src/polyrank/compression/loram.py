@@ -12,8 +12,8 @@ Unstructured and semi-structured: weights are set to zero, shapes stay, and so d
 
 Source: Zhang et al. 2025, Train Small, Infer Large (LoRAM, arXiv 2502.13533), and its released code (structured).
 Differs: pruned positions get zeros only (an option of the release fills A with random values); head counts come from
-the config; without structure B A is not masked, as a masked product is no LoRA of its rank; no alignment is built in:
-train the pruned model further with any trainer before adding LoRA (the identity above then no longer holds).
+the config; without structure B A is not masked, as a masked product is no LoRA of its rank. `align_pruned` is the
+publisher's step between pruning and LoRA; after it the identity above no longer holds.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from ..core.errors import CheckpointError, ConfigError, check_choice
 from . import _pruning_scores as scoring
+from ._pruning_alignment import align_pruned
 from ._pruning_folder import (
     PruningPlan,
     adapter_files,
@@ -40,17 +41,15 @@ from ._pruning_folder import (
 )
 from ._pruning_layout import cut, fit_config, units
 
-__all__ = ["LoramConfig", "load_pruned", "prune_model", "recover_adapter", "recover_state", "save_pruned"]
+__all__ = ["LoramConfig", "align_pruned", "load_pruned", "prune_model", "recover_adapter", "recover_state",
+           "save_pruned"]  # fmt: skip
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PATTERNS = ("structured", "semi_structured", "unstructured")
 
 
 @dataclass(frozen=True)
 class LoramConfig:
-    """How to prune.
-
-    Raises (on construction): ConfigError for a value out of range.
-    """
+    """How to prune. Raises ConfigError for a value out of range."""
 
     ratio: float = field(default=0.5, metadata={"help": "Share of each layer that is removed, in (0, 1)."})
     pattern: str = field(default="structured", metadata={"help": "Heads and neurons, n of m weights, or any weights."})

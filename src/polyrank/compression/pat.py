@@ -93,13 +93,7 @@ def get_pat_model(model: Any, config: PatConfig, lora: LoraConfig | None = None)
     Raises: ConfigError for a family whose residual stream cannot be cut, and for LoRA on the embedding (or, where the
         head shares its weight, on the head).
     """
-    check_family(model)
-    width, places = model.config.hidden_size, 2 * model.config.num_hidden_layers + 1
-    rank = config.rank or max(1, round(0.05 * width))
-    if rank > width:
-        raise ConfigError(f"rank {rank} exceeds the model's width {width}")
-    weights = (config.active_weight, config.identity_weight)
-    modules = SparsificationModules(width, places, rank, config.width(model.config), config.total_steps // 3, weights)
+    modules = new_modules(model, config)
     lora = lora or LoraConfig(r=20, lora_alpha=4, target_modules="all-linear", task_type="CAUSAL_LM")
     given = {item.name: getattr(lora, item.name) for item in fields(LoraConfig) if item.init}
     given["modules_to_save"] = [*(lora.modules_to_save or ()), NAME]
@@ -113,6 +107,17 @@ def get_pat_model(model: Any, config: PatConfig, lora: LoraConfig | None = None)
     return adapted
 
 
+def new_modules(model: Any, config: PatConfig) -> SparsificationModules:
+    """Untrained modules for a model. Raises ConfigError for a family whose residual stream cannot be cut."""
+    check_family(model)
+    width, places = model.config.hidden_size, 2 * model.config.num_hidden_layers + 1
+    rank = config.rank or max(1, round(0.05 * width))
+    if rank > width:
+        raise ConfigError(f"rank {rank} exceeds the model's width {width}")
+    weights = (config.active_weight, config.identity_weight)
+    return SparsificationModules(width, places, rank, config.width(model.config), config.total_steps // 3, weights)
+
+
 def load_pat(model: Any, folder: str | Path, **kwargs: Any) -> PeftModel:
     """A saved PAT model on its base; `kwargs` are `PeftModel.from_pretrained`'s.
 
@@ -122,7 +127,7 @@ def load_pat(model: Any, folder: str | Path, **kwargs: Any) -> PeftModel:
     try:
         with safe_open(Path(folder) / "adapter_model.safetensors", "pt") as file:
             places, rank, width = file.get_slice(f"base_model.model.{NAME}.down").get_shape()
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:  # ValueError: a tensor of other dimensions
         raise CheckpointError(f"{folder} holds no PAT model: {str(error).splitlines()[0]}") from None
     expected = (2 * model.config.num_hidden_layers + 1, model.config.hidden_size)
     if (places, width) != expected:

@@ -41,6 +41,12 @@ class RunError(PolyrankError, RuntimeError):
     """A run failed for a reason that is no mistake of the user (exit status 1)."""
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: what it would obey (escape sequences, marks that turn the direction) becomes "?"; names and
+    messages come from files of others. Line breaks stay."""
+    return "".join(sign if sign.isprintable() or sign == "\n" else "?" for sign in text)
+
+
 def nearest(given: str, allowed: Iterable[str]) -> str | None:
     """The allowed name that is closest to the one given, or None where nothing is close."""
     names = {str(name).lower(): str(name) for name in allowed}

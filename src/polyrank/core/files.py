@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -17,7 +18,11 @@ from typing import Any
 from .errors import DataError, PolyrankError, RunError
 
 _log = logging.getLogger("polyrank")
+LONGEST_NUMBER = 300
+"""Digits of a whole number: as many as a float has room for."""
+
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_UNWRITABLE = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @contextmanager
@@ -122,9 +127,18 @@ def read_bytes(path: str | Path, maximum_bytes: int | None = None) -> bytes:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON as the standard has it: no NaN, no Infinity, no repeated key. Raises ValueError with what is wrong."""
+    """JSON as the standard has it: no NaN, no Infinity, no repeated key, and no number that a float cannot hold.
+
+    Raises: ValueError with what is wrong.
+    """
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_repeated_keys)
+        return json.loads(
+            text,
+            parse_constant=_refuse_constant,
+            parse_float=_finite_number,
+            parse_int=_whole_number,
+            object_pairs_hook=_refuse_repeated_keys,
+        )
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
     except json.JSONDecodeError as error:
@@ -178,13 +192,15 @@ def _mend_last_line(path: Path) -> None:
 
 def _write_failure(path: Path, error: OSError) -> str:
     reason = "the disk is full" if error.errno in _FULL else (error.strerror or str(error)).lower()
-    hint = "; free some space and run the same command again" if error.errno in _FULL else ""
+    advice = "free some space" if error.errno in _FULL else "make it writable" if error.errno in _UNWRITABLE else None
+    hint = f"; {advice} and run the same command again" if advice else ""
     return f"could not write {path}: {reason} (what was there before is intact){hint}"
 
 
 @contextmanager
 def full_disk_is_said(folder: str | Path) -> Iterator[None]:
-    """Work that writes into `folder` through other libraries: what they raise on a full disk becomes a RunError.
+    """Work that writes into `folder` through other libraries: what they raise on a disk that is full, or where `folder`
+    may not be written, becomes a RunError.
 
     safetensors and torch tell a full disk from other failures by their messages alone.
     """
@@ -194,11 +210,22 @@ def full_disk_is_said(folder: str | Path) -> Iterator[None]:
         raise
     except Exception as error:
         if _is_full_disk(error, Path(folder)):
-            raise RunError(
-                f"could not write in {folder}: the disk is full (what was whole before is intact); free some space and"
-                " run the same command again, it goes on from there"
-            ) from error
-        raise
+            reason, advice = "the disk is full", "free some space"
+        elif _is_unwritable(error, Path(folder)):
+            reason, advice = "it is read-only, or this user may not write there", "make it writable"
+        else:
+            raise
+        raise RunError(
+            f"could not write in {folder}: {reason} (what was whole before is intact); {advice} and"
+            " run the same command again, it goes on from there"
+        ) from error
+
+
+def _is_unwritable(error: BaseException, folder: Path) -> bool:
+    """Whether the system refused to write something in this folder."""
+    if not isinstance(error, OSError) or error.errno not in _UNWRITABLE or not isinstance(error.filename, (str, Path)):
+        return False
+    return Path(error.filename).absolute().is_relative_to(folder.absolute())
 
 
 def _is_full_disk(error: BaseException | None, folder: Path) -> bool:
@@ -236,6 +263,19 @@ def _sync_folder(folder: Path) -> None:
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not valid JSON")
+
+
+def _finite_number(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
+
+
+def _whole_number(text: str) -> int:
+    if len(text) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(text)} digits is too large")
+    return int(text)
 
 
 def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

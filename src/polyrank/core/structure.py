@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -81,8 +81,8 @@ def _convert_scalar(value: Any, kind: Any, path: str) -> Any:
         raise _wrong(path, kind, value)
     if kind is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                raise ConfigError(f"{path} must be finite, got {value!r}")
+            if not abs(value) <= sys.float_info.max:  # NaN, infinity, or a whole number that no float can hold
+                raise ConfigError(f"{path} must be finite, got {value!r:.60}")
             return float(value)
         raise _wrong(path, kind, value)
     if kind is int:

@@ -7,15 +7,17 @@ the generator of ties, the guessed winners, and the running sums. All of it is p
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from ..core.errors import CheckpointError, DataError
+from ..core.errors import CheckpointError, DataError, PolyrankError
 from ..core.files import atomic_write, parse_json, read_bytes
 from .config import MclConfig
 
@@ -81,9 +83,61 @@ def newest_complete(run_dir: str | Path) -> Path | None:
     numbered = []
     for folder in Path(run_dir).glob("checkpoint-*"):
         number = folder.name.removeprefix("checkpoint-")
-        if number.isdigit() and (folder / _LAST_WRITTEN).is_file():
+        if number.isdigit() and is_complete(folder):
             numbered.append((int(number), folder))
     return max(numbered)[1] if numbered else None
+
+
+def is_complete(folder: str | Path) -> bool:
+    """Whether a checkpoint was written to its end: its last file is there and is JSON, no part of one."""
+    try:
+        json.loads(read_bytes(Path(folder) / _LAST_WRITTEN))  # as transformers writes it: NaN may be in a log
+    except (DataError, ValueError):
+        return False
+    return True
+
+
+def stop_at_the_end(trainer: Any) -> None:
+    """Make a Trainer that is resumed from a checkpoint of its last step train no further.
+
+    transformers looks at the number of steps after a step alone: one that was killed between its last checkpoint and
+    its end would make one step too many.
+    """
+    run_epoch = getattr(trainer, "_run_epoch", None)
+    if run_epoch is None:
+        return
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if 0 < trainer.state.max_steps <= trainer.state.global_step:
+            trainer.control.should_training_stop = True
+            return None
+        return run_epoch(*args, **kwargs)
+
+    trainer._run_epoch = run
+
+
+def check_trainer_state(folder: str | Path) -> None:
+    """Raise CheckpointError unless transformers can read where the run stood."""
+    from transformers import TrainerState
+
+    path = Path(folder) / _LAST_WRITTEN
+    with read_as_checkpoint(path):
+        state = TrainerState.load_from_json(str(path))
+        for name, value in (("global_step", state.global_step), ("max_steps", state.max_steps)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                raise CheckpointError(f"{path}: {name} must be a whole number >= 0, got {value!r:.80}")
+
+
+@contextmanager
+def read_as_checkpoint(path: str | Path) -> Iterator[None]:
+    """While transformers reads a checkpoint's files, which it trusts: whatever it raises becomes a CheckpointError."""
+    try:
+        yield
+    except PolyrankError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise CheckpointError(f"{path} is damaged or does not belong to this run: {reason:.300}") from error
 
 
 def save_state(folder: str | Path, rank: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, object]) -> Path:

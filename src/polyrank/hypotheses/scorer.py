@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..core.errors import CheckpointError, ConfigError, DataError
-from ..core.files import atomic_write
+from ..core.files import atomic_write, parse_json
 from .config import MclConfig
 from .layer import MclLayer
 from .step import score_hypotheses
@@ -101,8 +101,10 @@ class HypothesisScorer(nn.Module):
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise CheckpointError(f"{path} is no hypothesis scorer (format {metadata.get('format')!r})")
-                scorer = cls(**json.loads(metadata["shape"]))
-                scorer.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+                with torch.device("meta"):  # nothing is made for sizes that the file only claims
+                    scorer = cls(**parse_json(metadata["shape"]))
+                tensors = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
+                scorer.load_state_dict(tensors, assign=True)
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; this adapter was saved without a scorer") from None
         except (SafetensorError, OSError, RuntimeError, TypeError, ValueError, KeyError) as error:

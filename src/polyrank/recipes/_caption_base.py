@@ -21,6 +21,7 @@ from ..core.files import atomic_write
 from ..core.seeding import derive_seed, seed_everything
 from ..data.causal_lm import EncodedPairs, TextPair, encode_pairs, padding_collator
 from ._caption_config import CaptionSettings
+from ._caption_processes import check_can_build
 from ._e2e_config import ModelChoice
 from ._scratch_model import build_tokenizer
 
@@ -84,6 +85,7 @@ def small_llama_folder(
     folder = cache / f"llama-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if (folder / BUILT).is_file():
         return str(folder)
+    check_can_build("model.small")
     spoken = dict.fromkeys(text for prompt, target in texts for text in (prompt, target) if "<v" not in text)
     tokenizer = build_tokenizer(list(spoken), small.vocabulary)
     tokenizer.add_special_tokens({"additional_special_tokens": list(added_words)})

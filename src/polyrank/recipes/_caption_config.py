@@ -10,27 +10,19 @@ from typing import Any, Literal
 
 from ..core.errors import ConfigError, check_choice
 from ..evaluation.metrics import METRICS
-from ._e2e_config import Decoding, Method
-
-METHODS = ("mle", "mcl", "moe")
+from ._caption_processes import num_processes
+from ._e2e_config import METHODS, Decoding, Method
 
 
 @dataclass(frozen=True)
 class CaptionMethod(Method):
-    """As recipe e2e's methods, and "moe": one LoRA-MoE of K experts, trained by maximum likelihood."""
+    """As recipe e2e's methods; decodings that do not go with a method are left out, since all methods share a list."""
 
     def __post_init__(self) -> None:
         check_choice("method.name", self.name, METHODS)
         if not 0 < self.annealed_to <= 1:
             raise ConfigError(f"method.annealed_to must be in (0, 1], got {self.annealed_to}")
         _named_once("method.decodings", self.decodings)
-
-    def takes(self, decoding: Decoding) -> bool:
-        """Whether a model of this method can be decoded so: hypotheses by "mcl" alone, experts by "moe...", one model
-        by all others."""
-        if decoding.method == "mcl":
-            return self.name == "mcl"
-        return self.name == "moe" if decoding.method.startswith("moe") else self.name != "mcl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +32,7 @@ class CaptionSettings:
     Attributes:
         rank: r of one hypothesis; lora_alpha is for rank r (a wide adapter keeps alpha / rank).
         num_steps: optimiser steps; num_epochs: passes over the data instead.
-        batch_size: rows of one forward pass; an optimiser step has batch_size * accumulation_steps.
+        batch_size: rows of one forward pass; an optimiser step has batch_size * accumulation_steps in each process.
         schedule: of the learning rate after its rise; "cosine" ends at `last_rate` of the peak.
         initial_temperature: of annealed-wta, nats per token. The small recipes begin low: on a base that knows the task
             already, hypotheses differ by little at first (a guess from one short trial).
@@ -51,6 +43,8 @@ class CaptionSettings:
         decodings: of every method, as far as it takes them; empty: the method's own. num_decodings: only the first so
             many of them.
         metrics: what is computed of the predictions, as far as it can be here.
+        speakers: what makes the sentence vectors by which candidates are told apart by hypothesis: "auto" (MiniLM where
+            its package is installed, else TF-IDF), "tfidf", "minilm", a folder or hub id; "none": left out.
         cache_dir: where built base models and packed data lie (default: cache/ in the run's folder).
     """
 
@@ -81,6 +75,7 @@ class CaptionSettings:
     decodings: list[Decoding] = field(default_factory=list)
     num_decodings: int | None = None
     metrics: list[str] = field(default_factory=list)
+    speakers: str = "auto"
     cache_dir: Path | None = None
 
     def __post_init__(self) -> None:
@@ -106,8 +101,8 @@ class CaptionSettings:
             check_choice("metrics", name, METRICS.names())
 
     def total_steps(self, num_rows: int) -> int:
-        """Optimiser steps for so many training rows."""
-        per_epoch = -(-num_rows // (self.batch_size * self.accumulation_steps))
+        """Optimiser steps for so many training rows; batch_size is that of one process."""
+        per_epoch = -(-num_rows // (self.batch_size * self.accumulation_steps * num_processes()))
         return self.num_steps or (self.num_epochs or 1) * per_epoch
 
 

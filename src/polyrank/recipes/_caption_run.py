@@ -2,8 +2,9 @@
 set in every decoding, score, write one record; or a whole table of such runs.
 
 A run's folder gets adapter/, metrics.jsonl, predictions.jsonl (first test set, first decoding), decodings/<test
-set>-<decoding>/predictions.jsonl for each other, result.json. What is killed goes on: training from its newest
-checkpoint, decoding with the first batch that is missing, a table with the first run that has no result.json.
+set>-<decoding>/predictions.jsonl for each other, result.json; speakers.png beside predictions whose k-th candidate is
+hypothesis k's. What is killed goes on: training from its newest checkpoint, decoding with the first batch that is
+missing, a table with the first run that has no result.json.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from ..core.seeding import derive_seed
 from ..evaluation.decoding import Cost
 from ..evaluation.metrics import METRICS, evaluate_predictions
 from ._caption_config import ManyRuns, OneRun
+from ._caption_processes import first_process, first_process_first
+from ._caption_speakers import BY_HYPOTHESIS, speaker_scores
+from ._caption_speakers import COLUMNS as SPEAKERS
 from ._caption_training import trained_model
 from ._e2e_config import Decoding
 
@@ -78,11 +82,20 @@ class Task:
     callbacks: Sequence[Any] = ()
 
 
-def run_one(config: OneRun, task: Task, run_dir: Path) -> Record:
-    """One run, on from where it stopped; writes and returns its record."""
+def run_in_processes(config: OneRun, task_of: Callable[[Any, Path], Task], run_dir: Path) -> None:
+    """One run, in one process or several: the first prepares, all train, the first decodes and writes."""
+    with first_process_first():
+        task = task_of(config, run_dir)
+    run_one(config, task, run_dir)
+
+
+def run_one(config: OneRun, task: Task, run_dir: Path) -> Record | None:
+    """One run, on from where it stopped; writes and returns its record (None in a process that is not the first)."""
     model, training = trained_model(
         config, task.base, task.rows, task.collator, task.target_modules, run_dir, task.validation, task.callbacks
     )
+    if not first_process():
+        return None
     rows: list[Row] = []
     details: dict[str, Any] = {}
     for i, test in enumerate(task.tests):
@@ -97,6 +110,10 @@ def run_one(config: OneRun, task: Task, run_dir: Path) -> Record:
                 likelihood = {
                     key: value for key, value in scores.items() if "nll" in key or key.startswith("effective")
                 }
+            if decoding.method in BY_HYPOTHESIS:
+                told, more = speaker_scores(path, config.speakers)
+                scores.update(told)
+                scores.details.update(more)
             rows.append(_row(config, task, test, decoding, likelihood | scores, cost, training))
             details[name] = scores.details
             shown = ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if key in task.roles)
@@ -196,7 +213,8 @@ def _row(
 
 def _record(task: Task, rows: Sequence[Row], config: OneRun, train_s: float, details: Mapping[str, Any]) -> Record:
     used = {key for row in rows for key in row.figures}
-    columns = {key: _column(key, task) for key in (*task.columns, *METRICS.names(), *COSTS) if key in used}
+    names = (*task.columns, *METRICS.names(), *SPEAKERS, *COSTS)
+    columns = {key: _column(key, task) for key in names if key in used}
     spent = train_s + sum(row.figures["decode_time_s"] for row in rows)
     return new_record(
         task.record,
@@ -212,8 +230,9 @@ def _record(task: Task, rows: Sequence[Row], config: OneRun, train_s: float, det
 
 
 def _column(key: str, task: Task) -> Metric:
-    if key in COSTS or key in task.columns:
-        return COSTS.get(key) or task.columns[key]
+    for known in (COSTS, SPEAKERS, task.columns):
+        if key in known:
+            return known[key]
     entry = METRICS.get(key)
     better = entry.better if entry.better in ("higher", "lower") else None
     return Metric(entry.unit, better, key.replace("_", " "), task.roles.get(key, ""))  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from ..core.seeding import derive_seed, seed_everything
 from ._caption_base import BUILT
 from ._caption_config import CaptionSettings
 from ._caption_media import CaptionRows, Kind, MediaCoder, MediaExample
+from ._caption_processes import check_can_build
 from ._scratch_model import build_tokenizer
 
 IMAGE, AUDIO = "<image>", ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")
@@ -61,6 +62,7 @@ def small_media_folder(
     folder = cache / f"{kind}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if (folder / BUILT).is_file():
         return str(folder)
+    check_can_build("model.small")
     tokenizer = build_tokenizer([prompt, *(text for _, *captions in texts for text in captions)], small.vocabulary)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE] if kind == "image" else list(AUDIO)})
     seed_everything(derive_seed(0, "small", kind))

@@ -13,7 +13,8 @@ from ..core.errors import ConfigError
 from ..core.files import atomic_write
 from ..core.seeding import derive_seed, seed_everything
 from ._caption_config import CaptionSettings, OneRun
-from ._training_log import training_log
+from ._caption_processes import first_process, wait_for_all
+from ._training_log import train_on, training_log
 
 MARKER = "training.json"
 
@@ -63,6 +64,7 @@ def trained_model(
     `run_dir` gets adapter/ (with training.json as the sign that it is whole), training/ (Trainer's checkpoints, removed
     at the end) and metrics.jsonl.
     """
+    import torch
     from peft import PeftModel, get_peft_model
     from transformers import Trainer
 
@@ -74,7 +76,8 @@ def trained_model(
     folder = run_dir / "adapter"
     if (folder / MARKER).is_file():
         facts = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        return PeftModel.from_pretrained(base, str(folder)).eval(), facts
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # where the Trainer would have left it
+        return PeftModel.from_pretrained(base, str(folder)).to(device).eval(), facts
     seed_everything(derive_seed(config.seed, "adapter"))
     try:
         model = get_peft_model(base, adapter_config(config, len(rows), target_modules))
@@ -83,11 +86,13 @@ def trained_model(
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kind = {"mcl": MclTrainer, "moe": MoeTrainer}.get(config.method.name, Trainer)
     seconds = train(config, model, rows, collator, run_dir, config.seed, kind, validation, callbacks=callbacks)
-    model.save_pretrained(str(folder))
     dropped = getattr(rows, "dropped", 0)
     facts = {"time_s": seconds, "rows": len(rows), "dropped_rows": dropped, "trainable_parameters": parameters}
-    atomic_write(folder / MARKER, json.dumps(facts) + "\n")
-    shutil.rmtree(run_dir / "training", ignore_errors=True)
+    wait_for_all()  # some may still read the best checkpoint
+    if first_process():
+        model.save_pretrained(str(folder))
+        atomic_write(folder / MARKER, json.dumps(facts) + "\n")
+        shutil.rmtree(run_dir / "training", ignore_errors=True)
     return model.eval(), facts
 
 
@@ -112,8 +117,6 @@ def train(
     from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
     from transformers.utils import logging
 
-    from ..hypotheses.checkpoint import newest_complete
-
     logging.disable_progress_bar()
     folder = run_dir / "training"
     validate = plan.patience is not None and validation is not None
@@ -130,8 +133,7 @@ def train(
         callbacks=callbacks,
     )
     trainer.remove_callback(PrinterCallback)
-    last = newest_complete(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    train_on(trainer, folder)
     return log.train_s
 
 

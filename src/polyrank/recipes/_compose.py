@@ -17,6 +17,7 @@ from typing import Any
 from ..core.errors import ConfigError, UserError, name_message, unknown_name
 from ..core.structure import from_dict
 from ._registry import config_class, get_recipe
+from ._yaml_files import check_yaml, read_yaml
 
 CONF = Path(__file__).parent / "conf"
 FRAME_KEYS = ("runs_dir", "run_name")
@@ -52,12 +53,13 @@ def options(group: str, config_dir: Path | None = None) -> dict[str, Path]:
 def groups(config_dir: Path | None = None) -> list[str]:
     """Names of the config groups: recipe, method, data, model and whatever a user's folder adds."""
     folders = (root.iterdir() for root in (CONF, config_dir) if root is not None)
-    return sorted({folder.name for inside in folders for folder in inside if folder.is_dir()} | {"recipe"})
+    found = {folder.name for inside in folders for folder in inside if folder.is_dir()}
+    return sorted((found | {"recipe"}) - {"hydra"})  # hydra: its own, hydra/launcher=slurm
 
 
 def describe(file: Path) -> str:
     """The first comment line of a YAML file that is no directive."""
-    for line in file.read_text(encoding="utf-8").splitlines():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         if line.startswith("#") and not line.startswith("# @"):
             return line.lstrip("# ").strip()
     return ""
@@ -72,6 +74,8 @@ def check_overrides(overrides: Iterable[str], config_dir: Path | None = None, *,
 
     if config_dir is not None and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {str(config_dir)!r} is no folder")
+    for file in sorted(config_dir.rglob("*.yaml")) if config_dir is not None else ():
+        check_yaml(file)  # Hydra trusts what it composes
     parsed = _parse(overrides)
     known_groups = groups(config_dir)
     for item in parsed:
@@ -85,6 +89,8 @@ def check_overrides(overrides: Iterable[str], config_dir: Path | None = None, *,
             for choice in _choices(item):
                 if choice is not None and str(choice) not in options(group, config_dir):
                     raise unknown_name(group, choice, options(group, config_dir))
+                if choice is not None:
+                    read_yaml(options(group, config_dir)[str(choice)])  # Hydra would not say which file is wrong
     implied = _implied_choices(parsed, known_groups, config_dir)
     parsed = _parse(implied) + parsed
     texts = [item.input_line for item in parsed]
@@ -161,7 +167,6 @@ def hydra_errors() -> Iterator[None]:
 
 def _compose(overrides: list[str], config_dir: Path | None, *, final: bool = False) -> dict[str, Any]:
     """Compose to a plain dict; only a final one needs every value to be there."""
-    import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from omegaconf import OmegaConf
@@ -170,8 +175,10 @@ def _compose(overrides: list[str], config_dir: Path | None, *, final: bool = Fal
         with hydra_errors(), initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
             composed = hydra_compose("config", overrides=search_path(config_dir) + overrides)
             values = OmegaConf.to_container(composed, resolve=final, throw_on_missing=final)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"a configuration file is not valid YAML: {' '.join(str(error).split())}") from error
+    except UserError:
+        raise
+    except Exception as error:  # Hydra trusts the files: whatever it raises over them is about one of them
+        raise ConfigError(f"a configuration file cannot be composed: {' '.join(str(error).split())}") from error
     return {str(key): value for key, value in typing.cast(dict[Any, Any], values).items()}
 
 
@@ -185,7 +192,7 @@ def _parse(overrides: Iterable[str]) -> list[Any]:
             raise ConfigError(f"cannot read {text!r}: an override is key=value")
         try:
             parsed += OverridesParser.create().parse_overrides([text])
-        except HydraException as error:
+        except (HydraException, RecursionError) as error:
             reason = str(error).splitlines()[0]
             raise ConfigError(f"cannot read {text!r}: {reason} (quote values with special characters)") from error
     return parsed
@@ -223,8 +230,6 @@ def _default_recipe(parsed: list[Any], known_groups: list[str], config_dir: Path
 def _implied_choices(parsed: list[Any], known_groups: list[str], config_dir: Path | None) -> list[str]:
     """Where no recipe and no entry of any group is named, a key that one entry alone has names that entry:
     `model.lora.r=16` is `model=roberta_lora model.lora.r=16`."""
-    import yaml
-
     keys = [item.key_or_group for item in parsed]
     if any(key in known_groups for key in keys):
         return []
@@ -235,9 +240,10 @@ def _implied_choices(parsed: list[Any], known_groups: list[str], config_dir: Pat
             continue
         holders = []
         for name, file in options(group, config_dir).items():
-            values = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-            values = values.get(group, {}) if "@package _global_" in file.read_text(encoding="utf-8") else values
-            if rest in _flat_keys(values):
+            values = read_yaml(file)
+            if isinstance(values, Mapping) and "@package _global_" in file.read_text(encoding="utf-8"):
+                values = values.get(group)
+            if isinstance(values, Mapping) and rest in _flat_keys(values):
                 holders.append(name)
         if len(holders) == 1:
             implied[group] = f"{group}={holders[0]}"

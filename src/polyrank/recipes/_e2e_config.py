@@ -10,7 +10,7 @@ from ..core.errors import ConfigError, check_choice
 from ..data.e2e import PROMPT, SPLITS, check_template
 from ..evaluation.decoding import DECODERS
 
-METHODS = ("mle", "mcl")
+METHODS = ("mle", "mcl", "moe")
 
 
 @dataclass(frozen=True)
@@ -80,12 +80,12 @@ class Method:
     """How the adapter is trained and how it writes.
 
     Attributes:
-        name: "mle" (one LoRA, PEFT's own) or "mcl" (K hypotheses, winner takes all).
+        name: "mle" (one LoRA, PEFT's own), "mcl" (K hypotheses, winner takes all) or "moe" (one LoRA-MoE of K experts).
         label: as it stands in tables.
         wide: rank K * r instead of r: as many trainable parameters as K hypotheses of rank r.
         mode, epsilon: of MclConfig.
         annealed_to: temperature (nats per token) that annealed-wta, starting at 1, has come down to at the last step.
-        options: further fields of LoraConfig or MclConfig.
+        options: further fields of LoraConfig, MclConfig or MoeConfig.
         decodings: the first writes the run's predictions.jsonl, each of the others a folder under decodings/.
     """
 
@@ -106,10 +106,17 @@ class Method:
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"method.decodings must name at least one decoding, each once, got {names}")
         for decoding in self.decodings:
-            if (decoding.method == "mcl") != (self.name == "mcl"):
+            if not self.takes(decoding):
                 raise ConfigError(
                     f"decoding {decoding.name!r} ({decoding.method}) does not go with method {self.name!r}"
                 )
+
+    def takes(self, decoding: Decoding) -> bool:
+        """Whether a model of this method can be decoded so: hypotheses by "mcl" alone, experts by "moe...", one model
+        by all others."""
+        if decoding.method == "mcl":
+            return self.name == "mcl"
+        return self.name == "moe" if decoding.method.startswith("moe") else self.name != "mcl"
 
 
 @dataclass(frozen=True, kw_only=True)

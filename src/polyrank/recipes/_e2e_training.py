@@ -15,7 +15,7 @@ from ..data.causal_lm import EncodedPairs, encode_pairs, padding_collator, prepa
 from ..data.e2e import read_pairs
 from ..data.llama2c import cached_llama2c
 from ._e2e_config import E2eConfig
-from ._training_log import training_log
+from ._training_log import train_on, training_log
 
 MARKER = "training.json"
 
@@ -59,16 +59,20 @@ def load_base(name_or_path: str) -> Any:
 
 
 def adapter_config(config: E2eConfig) -> Any:
-    """PEFT's LoraConfig for "mle", MclConfig for "mcl"."""
+    """PEFT's LoraConfig for "mle", MclConfig for "mcl", MoeConfig for "moe"."""
     from peft import LoraConfig
 
     from ..hypotheses import MclConfig
+    from ..routing import MoeConfig
 
     shared = {"r": config.adapter_rank, "target_modules": config.model.target_modules, "task_type": "CAUSAL_LM"}
     method = config.method
     try:
         if method.name == "mle":
             return LoraConfig(**{**shared, "lora_alpha": config.adapter_alpha, **method.options})
+        if method.name == "moe":
+            experts = {"num_experts": config.num_hypotheses, "lora_alpha": config.adapter_alpha}
+            return MoeConfig(**{**shared, **experts, **method.options})
         own = {"num_hypotheses": config.num_hypotheses, "mode": method.mode, "epsilon": method.epsilon}
         own["temperature_decay"] = method.annealed_to ** (1 / config.num_steps)
         return MclConfig(**{**shared, "lora_alpha": config.adapter_alpha, **own, **method.options})
@@ -101,6 +105,7 @@ def trained_model(config: E2eConfig, run_dir: Path) -> tuple[Any, Any, dict[str,
     base, folder = load_base(name), run_dir / "adapter"
     if (folder / MARKER).is_file():
         facts = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        shutil.rmtree(run_dir / "training", ignore_errors=True)  # a kill may have come between
         return PeftModel.from_pretrained(base, str(folder)).eval(), tokenizer, facts
     rows = training_rows(config, tokenizer)
     seed_everything(derive_seed(config.seed, "adapter"))
@@ -120,7 +125,7 @@ def _train(config: E2eConfig, model: Any, tokenizer: Any, rows: EncodedPairs, ru
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     from ..hypotheses import MclTrainer
-    from ..hypotheses.checkpoint import newest_complete
+    from ..routing import MoeTrainer
 
     folder = run_dir / "training"
     arguments = TrainingArguments(
@@ -141,11 +146,10 @@ def _train(config: E2eConfig, model: Any, tokenizer: Any, rows: EncodedPairs, ru
         dataloader_pin_memory=False,
         remove_unused_columns=False,
     )
-    kind = MclTrainer if config.method.name == "mcl" else Trainer
+    kind = {"mcl": MclTrainer, "moe": MoeTrainer}.get(config.method.name, Trainer)
     log = training_log(run_dir / "metrics.jsonl", config.num_steps)
     collator = padding_collator(tokenizer)
     trainer = kind(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[log])
     trainer.remove_callback(PrinterCallback)
-    last = newest_complete(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    train_on(trainer, folder)
     return log.train_s

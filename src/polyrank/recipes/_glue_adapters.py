@@ -8,7 +8,9 @@ from typing import Any
 
 from ..core.errors import ConfigError, name_message, unknown_name
 from ..core.seeding import preserved_torch_rng
-from ._glue_config import Encoder, GlueMethod, Settings, with_option
+from ._glue_config import Encoder, Settings
+from ._method import MethodEntry, with_option
+from ._model_preparation import PROCEDURES, lora_part, trained_part
 
 _LARGEST_OPTION = 1 << 16
 
@@ -24,9 +26,10 @@ def config_type(adapter: str) -> type:
 
     if adapter in adapters:
         return adapters.get(adapter).config
-    if adapter in ("loram", "lq_lora", "pat"):
+    if adapter in PROCEDURES:
+        also = "" if adapter == "pat" else ", glue"
         raise ConfigError(
-            f"method {adapter!r} changes the base model; it runs in recipes data_to_text, maths and methods"
+            f"method {adapter!r} changes the base model; it runs in recipes data_to_text, maths, methods{also}"
         )
     known = {str(kind.value).lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     own = {name for name in known if name.startswith("polyrank_")}
@@ -35,12 +38,13 @@ def config_type(adapter: str) -> type:
     return known[adapter]
 
 
-def adapter_config(method: GlueMethod, model: Encoder, *, head: bool, num_steps: int | None = None) -> Any:
+def adapter_config(method: MethodEntry, model: Encoder, *, head: bool, num_steps: int | None = None) -> Any:
     """The method's config for this model; with `head` its new modules are trained and saved too. `num_steps`, those of
-    the run, goes to methods that plan over them (`total_steps`).
+    the run, goes to methods that plan over them (`total_steps`). For a procedure (`_model_preparation`): its LoRA's.
 
     Raises: ConfigError in one line for an option that the method has not, or a value that it refuses.
     """
+    method = lora_part(method)
     kind = config_type(method.adapter)
     known = {item.name for item in dataclasses.fields(kind)}
     for name in method.options:
@@ -82,7 +86,7 @@ def count_parameters(model: Any, heads: Sequence[str]) -> dict[str, int]:
     return parts
 
 
-def adapter_parameters(base: Any, method: GlueMethod, model: Encoder) -> int:
+def adapter_parameters(base: Any, method: MethodEntry, model: Encoder) -> int:
     """How many parameters the adapter has on this model, the head's left out. The model and the random state are as
     before."""
     from peft import get_peft_model
@@ -100,21 +104,22 @@ def adapter_parameters(base: Any, method: GlueMethod, model: Encoder) -> int:
     return number
 
 
-def matched_method(config: Settings, base: Any, method: GlueMethod | None = None) -> GlueMethod:
-    """The method at the budget of `match_parameters` or `match_lora_rank`; unchanged where neither is set.
+def matched_method(config: Settings, base: Any, method: MethodEntry | None = None) -> MethodEntry:
+    """The method at the budget of `match_parameters` or `match_lora_rank`; unchanged where neither is set, or no match.
 
-    Rule: `method.match` becomes the whole number that brings the adapter's parameters nearest to the budget, the
-    smaller of two that are equally near; the other options stay.
+    Rule: `method.match` becomes the whole number that brings the parameters trained with the adapter (those of a pruned
+    base, and a procedure's own) nearest to the budget, the smaller of two that are equally near; other options stay.
 
     Raises: ConfigError if even the value 1 gives more than twice the budget, or if the option does not change the size.
     """
     method = method or config.method  # type: ignore[attr-defined]
     budget = budget_parameters(config, base)
-    if budget is None or not method.has_adapter:
+    if budget is None or not method.has_adapter or method.match is None:
         return method
+    adapted, beside = trained_part(method, base)
 
     def size(value: int) -> int:
-        return adapter_parameters(base, with_option(method, value), config.model)
+        return beside + adapter_parameters(adapted, with_option(method, value), config.model)
 
     low, high = 1, 2
     smallest = size(low)
@@ -135,4 +140,4 @@ def budget_parameters(config: Settings, base: Any) -> int | None:
     if config.match_lora_rank is None:
         return config.match_parameters
     options: Mapping[str, Any] = {"r": config.match_lora_rank}
-    return adapter_parameters(base, GlueMethod("lora", "LoRA", "lora", dict(options)), config.model)
+    return adapter_parameters(base, MethodEntry("lora", "LoRA", "lora", dict(options)), config.model)

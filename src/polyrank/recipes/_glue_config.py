@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,9 +11,8 @@ from ..core.errors import ConfigError, check_choice
 from ..core.structure import from_dict
 from ..data.glue import get_task
 from ..evaluation.glue_metrics import TASK_SCORES
-from ._method_parts import Initialiser, LossChoice, OptimizerChoice
+from ._method import MethodEntry, method_entry
 
-NO_ADAPTER = ("full", "head")
 _COUNTS = (
     *("num_steps", "num_epochs", "batch_size", "gradient_accumulation_steps", "eval_batch_size", "eval_steps"),
     *("match_parameters", "match_lora_rank"),
@@ -73,63 +71,6 @@ class GlueData:
         for name in ("train_limit", "validation_limit", "test_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True)
-class GlueMethod:
-    """One way to train.
-
-    Attributes:
-        name, label: as in file names and in tables.
-        adapter: a registered method ("lsr") or a type of PEFT's ("lora", "loha"); "full": all parameters are trained;
-            "head": nothing but the head.
-        options: fields of the adapter's config.
-        learning_rate: this method's own; the run's `learning_rate` goes before it.
-        alpha_per_rank: lora_alpha = alpha_per_rank * r, whatever r is; None: lora_alpha as in `options`.
-        match: option that is changed to reach a given number of parameters; a whole number, more of it is larger.
-        initialiser, optimizer, losses: what the method brings beside its adapter, see _method_parts.py.
-    """
-
-    name: str
-    label: str
-    adapter: str
-    options: dict[str, Any] = field(default_factory=dict)
-    learning_rate: float = 5e-4
-    alpha_per_rank: float | None = None
-    match: str = "r"
-    initialiser: Initialiser | None = None
-    optimizer: OptimizerChoice | None = None
-    losses: LossChoice | None = None
-
-    def __post_init__(self) -> None:
-        kinds = {"initialiser": Initialiser, "optimizer": OptimizerChoice, "losses": LossChoice}
-        for part, kind in kinds.items():  # a method read back from a run's files
-            if isinstance(getattr(self, part), Mapping):
-                object.__setattr__(self, part, from_dict(kind, getattr(self, part), f"method.{part}"))
-        for part in ("initialiser", "optimizer"):
-            if self.adapter in NO_ADAPTER and getattr(self, part) is not None:
-                raise ConfigError(f"method {self.name!r} ({self.adapter}) has no adapter, so it takes no {part}")
-        if not self.learning_rate > 0:
-            raise ConfigError(f"method.learning_rate must be positive, got {self.learning_rate}")
-        if self.adapter in NO_ADAPTER and self.options:
-            raise ConfigError(f"method {self.name!r} ({self.adapter}) has no adapter, so it takes no options")
-        if self.alpha_per_rank is not None and "lora_alpha" in self.options:
-            raise ConfigError("give method.alpha_per_rank or method.options.lora_alpha, not both")
-
-    @property
-    def has_adapter(self) -> bool:
-        return self.adapter not in NO_ADAPTER
-
-
-def method_entry(value: Any) -> GlueMethod:
-    """Check an entry of conf/method. Raises ConfigError that says which entry it is and what is wrong with it."""
-    if isinstance(value, GlueMethod):
-        return value
-    name = value.get("name") if isinstance(value, Mapping) else value
-    try:
-        return from_dict(GlueMethod, value, "method")
-    except ConfigError as error:
-        raise ConfigError(f"method {name!r} is no entry for recipe glue: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +145,11 @@ class GlueConfig(Settings):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "model", _encoder(self.model))
         object.__setattr__(self, "method", method_entry(self.method))
+        if self.method.adapter == "pat":
+            raise ConfigError(
+                "method 'pat' cuts the residual stream of decoders, an encoder's width is tied to its heads and norms: "
+                "it runs in recipes data_to_text, maths and methods"
+            )
         super().__post_init__()
 
     @property
@@ -258,7 +204,7 @@ class GlueTableConfig(Settings):
         if "equal" in self.sizes and (self.match_parameters or self.match_lora_rank) is None:
             raise ConfigError("sizes: 'equal' needs match_lora_rank or match_parameters")
 
-    def runs(self, equal: Mapping[str, GlueMethod]) -> list[tuple[str, GlueConfig]]:
+    def runs(self, equal: Mapping[str, MethodEntry]) -> list[tuple[str, GlueConfig]]:
         """Folder's name and configuration of every run, seed by seed: a table cut short still compares the methods.
 
         Args:
@@ -270,7 +216,7 @@ class GlueTableConfig(Settings):
         for seed in self.seeds:
             for task, data in self.tasks.items():
                 for name, entry in self.methods.items():
-                    found: list[GlueMethod] = []
+                    found: list[MethodEntry] = []
                     for size in self.sizes:
                         method = equal[name] if size == "equal" else entry
                         if method in found:
@@ -279,8 +225,3 @@ class GlueTableConfig(Settings):
                         folder = f"{task}-{name}{'-equal' if method != entry else ''}-seed{seed}"
                         runs[folder] = GlueConfig(**shared, data=data, method=method, seed=seed)
         return list(runs.items())
-
-
-def with_option(method: GlueMethod, value: int) -> GlueMethod:
-    """The method with its `match` option at this value."""
-    return dataclasses.replace(method, options={**method.options, method.match: value})

@@ -19,7 +19,8 @@ from typing import Any
 
 from ..core.errors import ConfigError, check_choice
 from ..core.structure import from_dict
-from ._glue_config import Encoder, GlueMethod
+from ._glue_config import Encoder
+from ._method import MethodEntry
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,8 @@ class LoraGroup:
     alpha: float = 32
     target_modules: list[str] = field(default_factory=lambda: ["query", "value"])
 
-    def method(self) -> GlueMethod:
-        return GlueMethod("lora", "LoRA", "lora", {"r": self.r, "lora_alpha": self.alpha})
+    def method(self) -> MethodEntry:
+        return MethodEntry("lora", "LoRA", "lora", {"r": self.r, "lora_alpha": self.alpha})
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,14 @@ class LsrGroup:
     factor_a: int | None = None
     factor_b: int | None = None
 
-    def method(self) -> GlueMethod:
+    def method(self) -> MethodEntry:
         options: dict[str, Any] = {"r": self.r, "num_terms": self.num_terms, "lora_alpha": self.alpha}
         if (self.factor_a is None) != (self.factor_b is None):
             raise ConfigError("give both model.lsr.factor_a and model.lsr.factor_b, or neither")
         if self.factor_a is not None:
             factors = [self.factor_a, self.factor_b] * 2
             options["factor_pattern"] = dict.fromkeys(self.target_modules, factors)
-        return GlueMethod("lsr", "LSR", "lsr", options, match="num_terms")
+        return MethodEntry("lsr", "LSR", "lsr", options, match="num_terms")
 
 
 @dataclass(frozen=True)

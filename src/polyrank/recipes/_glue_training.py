@@ -22,7 +22,8 @@ from ..evaluation.glue_metrics import task_scores
 from ._glue_adapters import adapter_config, check_targets, count_parameters, matched_method
 from ._glue_config import Encoder, GlueConfig, GlueData, Settings
 from ._method_parts import changes_base, initialise, optimizer_arguments, save_adapter, trainer_class
-from ._training_log import training_log
+from ._model_preparation import PROCEDURES, Place, prepare
+from ._training_log import train_on, training_log
 
 MARKER = "training.json"
 
@@ -160,11 +161,8 @@ def num_steps(config: Settings, rows: int) -> tuple[int, int]:
     return steps, min(config.eval_steps or epoch, steps)
 
 
-def adapted(config: GlueConfig, base: Any, steps: int | None = None) -> tuple[Any, GlueConfig]:
-    """The model as the method trains it for so many steps, and the configuration with the options that reach the
-    parameter budget."""
-    from peft import get_peft_model
-
+def adapted(config: GlueConfig, base: Any, place: Place) -> tuple[Any, GlueConfig]:
+    """The model as the method trains it, and the configuration with the options that reach the parameter budget."""
     if not config.method.has_adapter:
         heads = tuple(f"{name}." for name in config.model.head_modules)
         for name, parameter in base.named_parameters():
@@ -174,7 +172,8 @@ def adapted(config: GlueConfig, base: Any, steps: int | None = None) -> tuple[An
     config = dataclasses.replace(config, method=matched_method(config, base))
     seed_everything(derive_seed(config.seed, "adapter"))
     try:
-        return get_peft_model(base, adapter_config(config.method, config.model, head=True, num_steps=steps)), config
+        adapter = adapter_config(config.method, config.model, head=True, num_steps=place.num_steps)
+        return prepare(config.method, base, adapter, place), config
     except ValueError as error:
         raise ConfigError(f"method {config.method.name!r}: {_first_line(error)}") from error
 
@@ -195,14 +194,16 @@ def trained_model(config: GlueConfig, run_dir: Path) -> tuple[Any, dict[str, Row
     base = load_encoder(config.model, config.data, config.seed)
     rows = read_rows(config, tokenizer, positions(base))
     folder = run_dir / ("adapter" if config.method.has_adapter else "model")
+    collator, procedure = _collator(config, tokenizer), PROCEDURES.get(config.method.adapter)
+    place = Place(run_dir, num_steps(config, len(rows["train"]))[0], rows["train"], tokenizer, collator)  # type: ignore[arg-type]
     if (run_dir / MARKER).is_file():
         facts = json.loads((run_dir / MARKER).read_text(encoding="utf-8"))
-        model = _saved_model(base, folder, config)
+        model = _saved_model(base, folder, config) if procedure is None else procedure.reopen(base, place)
         return make_trainer(config, model, tokenizer, rows, run_dir, training=False), rows, facts
     if config.model.texts == "apart" and get_task(config.data.task).num_classes is None:
         base.start_at(sum(rows["train"].labels) / len(rows["train"]))
-    model, config = adapted(config, base, num_steps(config, len(rows["train"]))[0])
-    initialise(config.method.initialiser, model, rows["train"], _collator(config, tokenizer), config.seed)  # type: ignore[arg-type]
+    model, config = adapted(config, base, place)
+    initialise(config.method.initialiser, model, rows["train"], collator, config.seed)  # type: ignore[arg-type]
     initial = None
     if config.method.has_adapter and changes_base(config.method.initialiser, model.peft_config["default"]):
         initial = run_dir / "training" / "initial"
@@ -213,7 +214,11 @@ def trained_model(config: GlueConfig, run_dir: Path) -> tuple[Any, dict[str, Row
     facts |= {"method": dataclasses.asdict(config.method), "learning_rate": config.rate}
     facts |= {"rows": {part: len(found) for part, found in rows.items()}}
     facts |= {"cut_rows": {part: found.cut for part, found in rows.items()}}
-    save_adapter(trainer.model, folder, initial)
+    if procedure is None:
+        save_adapter(trainer.model, folder, initial)
+    else:
+        model = procedure.finish(trainer.model, base, place)
+        trainer = make_trainer(config, model, tokenizer, rows, run_dir, training=False)
     tokenizer.save_pretrained(str(folder))
     atomic_write(run_dir / MARKER, json.dumps(facts) + "\n")
     shutil.rmtree(run_dir / "training", ignore_errors=True)
@@ -330,10 +335,8 @@ def _validation_scores(config: GlueConfig) -> Any:
 
 def _train(trainer: Any, folder: Path, config: GlueConfig) -> dict[str, Any]:
     """Train, on from the newest whole checkpoint; the best one is in the model afterwards."""
-    from ..hypotheses.checkpoint import newest_complete
 
-    last = newest_complete(folder) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    train_on(trainer, folder)
     log = next(item for item in trainer.callback_handler.callbacks if hasattr(item, "train_s"))
     steps = trainer.state.max_steps
     history = [entry for entry in trainer.state.log_history if f"eval_{config.main_score}" in entry]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..analysis.adapter_files import open_adapter
-from ..core.errors import CheckpointError, ConfigError
+from ..core.errors import CheckpointError, ConfigError, UserError
 from ..retrieval.corpus import read_corpus
 from ..retrieval.dense import MINILM, encode_corpus, encodes_queries_only, load_encoder
 from ..retrieval.engine import progress_bar
@@ -17,6 +17,7 @@ from ..retrieval.index import MANIFEST, Index, identify, read_manifest
 from ..retrieval.index_build import build_index
 from ..retrieval.search import Searcher, open_searcher
 from ._saved import adapter_folder
+from ._yaml_files import read_yaml
 
 SIDES = ("base", "adapted")
 BLOCK = 512
@@ -50,14 +51,12 @@ def encoder_parts(model: str, weights: Path | None) -> tuple[str, Path | None]:
 
 def run_settings(weights: Path) -> dict[str, Any]:
     """The configuration of the run that a folder belongs to, two folders up at most; empty if there is none."""
-    import yaml
-
     for config in (place / "config.yaml" for place in list(weights.resolve().parents)[:2]):
         if config.is_file():
             try:
-                value = yaml.safe_load(config.read_text(encoding="utf-8"))
-            except (OSError, ValueError, yaml.YAMLError) as error:
-                raise CheckpointError(f"{config} cannot be read: {' '.join(str(error).split())}") from None
+                value = read_yaml(config)
+            except UserError as error:
+                raise CheckpointError(f"{config} cannot be read: {error}") from None
             return value if isinstance(value, dict) else {}
     return {}
 

@@ -18,7 +18,7 @@ from ..retrieval.store import Rows
 from ._glue_adapters import check_targets, config_type
 from ._gpl_config import FULL, GplConfig
 from ._gpl_stages import Prepared
-from ._training_log import training_log
+from ._training_log import train_on, training_log
 
 ATTENTION = {
     "bert": ("query", "key", "value"),
@@ -82,6 +82,7 @@ def train(config: GplConfig, prepared: Prepared, folder: Path, log: Path) -> dic
     """
     marker = folder / "training.json"
     if marker.is_file():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # a kill may have come between
         return dict(parse_json(read_bytes(marker)))
     encoder = student(config)
     parameters = sum(p.numel() for p in encoder.parameters() if p.requires_grad)
@@ -189,15 +190,12 @@ def run_trainer(
     from transformers import PrinterCallback
     from transformers.utils import logging
 
-    from ..hypotheses.checkpoint import newest_complete
-
     logging.disable_progress_bar()
     arguments = training_arguments(config, folder, **changes)
     callback = training_log(log, arguments.max_steps)
     trainer = trainer_class()(model=encoder, args=arguments, train_dataset=data, loss=loss, callbacks=[callback])
     trainer.remove_callback(PrinterCallback)
-    last = newest_complete(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    train_on(trainer, folder)
     return round(float(callback.train_s), 3)
 
 

@@ -16,24 +16,30 @@ from typing import Any
 from ..core.errors import ConfigError, name_message
 from ..core.structure import from_dict
 from ..data.causal_lm import padding_collator
-from ._glue_config import GlueMethod
+from ._method import MethodEntry
 from ._method_parts import changes_base
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a procedure may need beside the model: the run's folder, its number of steps, its rows, the tokenizer."""
+    """What a procedure may need beside the model: the run's folder, its number of steps, its rows, the tokenizer.
+
+    collator: pads rows to a batch with labels; None: that of a language model.
+    """
 
     run_dir: Path
     num_steps: int
     rows: Sequence[dict[str, Any]]
     tokenizer: Any
+    collator: Callable[[list[dict[str, Any]]], dict[str, Any]] | None = None
+
+    def collate(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        return (self.collator or padding_collator(self.tokenizer))(rows)
 
     def batches(self, count: int = 4, size: int = 8) -> list[dict[str, Any]]:
         """The first rows as padded batches with labels: data to calibrate on."""
-        collator = padding_collator(self.tokenizer)
         chosen = [self.rows[i] for i in range(min(count * size, len(self.rows)))]
-        return [collator(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        return [self.collate(chosen[i : i + size]) for i in range(0, len(chosen), size)]
 
 
 @dataclass(frozen=True)
@@ -45,28 +51,34 @@ class Procedure:
         prepare: (base, own, lora, place) -> PeftModel that is trained. The base must stay usable if `finish` needs it.
         finish: (model, base, place) -> the model to decode with; it saves what is to be kept, `adapter/` at least.
         reopen: (base, place) -> the same, from what `finish` saved.
+        counted: (base, own) -> the model that LoRA is trained on, and how many parameters are trained beside LoRA.
     """
 
     config: Callable[[], type]
     prepare: Callable[[Any, Any, Any, Place], Any]
     finish: Callable[[Any, Any, Place], Any]
     reopen: Callable[[Any, Place], Any]
+    counted: Callable[[Any, Any], tuple[Any, int]] = lambda base, own: (base, 0)
 
 
 def _loram_config() -> type:
-    from ..compression.loram import LoramConfig
+    from ._loram_alignment import LoramOptions
 
-    return LoramConfig
+    return LoramOptions
 
 
 def _prepare_loram(base: Any, own: Any, lora: Any, place: Place) -> Any:
     from peft import get_peft_model
 
-    from ..compression.loram import prune_model, save_pruned
+    from ._loram_alignment import pruned_model
 
-    pruned, plan = prune_model(base, own, place.batches() if own.scores == "taylor" else None)
-    save_pruned(pruned, plan, place.run_dir / "pruned")
-    return get_peft_model(pruned, lora)
+    return get_peft_model(pruned_model(base, own, place), lora)
+
+
+def _loram_counted(base: Any, own: Any) -> tuple[Any, int]:
+    from ..compression.loram import prune_model
+
+    return prune_model(base, dataclasses.replace(own, scores="magnitude"))[0], 0  # scores do not change sizes
 
 
 def _finish_loram(model: Any, base: Any, place: Place) -> Any:
@@ -95,6 +107,12 @@ def _prepare_pat(base: Any, own: Any, lora: Any, place: Place) -> Any:
     from ..compression.pat import get_pat_model
 
     return get_pat_model(base, own, lora)
+
+
+def _pat_counted(base: Any, own: Any) -> tuple[Any, int]:
+    from ..compression.pat import new_modules
+
+    return base, sum(parameter.numel() for parameter in new_modules(base, own).parameters())
 
 
 def _finish_pat(model: Any, base: Any, place: Place) -> Any:
@@ -144,12 +162,12 @@ def _reopen_lq_lora(base: Any, place: Place) -> Any:
 
 PROCEDURES: dict[str, Procedure] = {
     "lq_lora": Procedure(_lq_lora_config, _prepare_lq_lora, _finish_lq_lora, _reopen_lq_lora),
-    "loram": Procedure(_loram_config, _prepare_loram, _finish_loram, _adapter_on_base),
-    "pat": Procedure(_pat_config, _prepare_pat, _finish_pat, _reopen_pat),
+    "loram": Procedure(_loram_config, _prepare_loram, _finish_loram, _adapter_on_base, _loram_counted),
+    "pat": Procedure(_pat_config, _prepare_pat, _finish_pat, _reopen_pat, _pat_counted),
 }
 
 
-def lora_part(method: GlueMethod) -> GlueMethod:
+def lora_part(method: MethodEntry) -> MethodEntry:
     """The method as plain LoRA, without the procedure's own options; any other method as it is.
 
     Raises: ConfigError for an option that neither the procedure nor LoRA has.
@@ -169,7 +187,7 @@ def lora_part(method: GlueMethod) -> GlueMethod:
     return dataclasses.replace(method, adapter="lora", options=rest)
 
 
-def prepare(method: GlueMethod, base: Any, lora: Any, place: Place) -> Any:
+def prepare(method: MethodEntry, base: Any, lora: Any, place: Place) -> Any:
     """The base with its adapter: PEFT's own way, or the procedure's. Raises ConfigError for options out of range."""
     procedure = PROCEDURES.get(method.adapter)
     if procedure is None:
@@ -180,12 +198,25 @@ def prepare(method: GlueMethod, base: Any, lora: Any, place: Place) -> Any:
         raise ConfigError(
             f"init_lora_weights={lora.init_lora_weights!r} changes the base model, as {method.adapter} does"
         )
-    kind = procedure.config()
+    return procedure.prepare(base, own_config(method, place.num_steps), lora, place)
+
+
+def own_config(method: MethodEntry, num_steps: int) -> Any:
+    """The procedure's own part of the options. Raises ConfigError for a value out of range."""
+    kind = PROCEDURES[method.adapter].config()
     own = {item.name for item in dataclasses.fields(kind)}
     given = {name: value for name, value in method.options.items() if name in own}
     if "total_steps" in own:
-        given.setdefault("total_steps", place.num_steps)
-    return procedure.prepare(base, from_dict(kind, given, "method.options"), lora, place)
+        given.setdefault("total_steps", num_steps)
+    return from_dict(kind, given, "method.options")
+
+
+def trained_part(method: MethodEntry, base: Any) -> tuple[Any, int]:
+    """The model that the adapter is put on (the base, or what the procedure makes of it), for counting parameters, and
+    how many parameters are trained beside the adapter."""
+    if method.adapter not in PROCEDURES:
+        return base, 0
+    return PROCEDURES[method.adapter].counted(base, own_config(method, 1 << 20))
 
 
 def base_trainer(model: Any) -> type:

@@ -73,11 +73,11 @@ def load_base(name: str) -> Any:
     transformers.utils.logging.disable_progress_bar()
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        architecture = next(iter(config.architectures or ()), "")
+        architecture = str(next(iter(config.architectures or ()), ""))
         known = getattr(transformers, architecture, None) if architecture.isidentifier() else None
         loader = known if hasattr(known, "from_pretrained") else transformers.AutoModelForCausalLM
         return loader.from_pretrained(name).eval()
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever transformers meets in a folder that it did not write
         raise ConfigError(f"cannot load base model {name!r}: {_first_line(error)}") from error
 
 
@@ -91,7 +91,7 @@ def load_tokenizer(*places: str | Path) -> Any:
             continue
         try:
             return AutoTokenizer.from_pretrained(str(place))
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # as above
             reason = f": {_first_line(error)}"
     raise ConfigError(f"no tokenizer in {' or '.join(map(str, places))}{reason}")
 
@@ -103,7 +103,7 @@ def load_adapter(saved: SavedAdapter) -> Any:
     base = load_base(saved.base)
     try:
         return PeftModel.from_pretrained(base, str(saved.folder)).eval()
-    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # PEFT trusts a configuration: any error of its code can be the folder's fault
         raise CheckpointError(f"{saved.folder} does not fit {saved.base!r}: {_first_line(error)}") from error
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from ..core.errors import ConfigError
 from ._e2e_config import ModelChoice
-from ._glue_config import GlueMethod
+from ._method import MethodEntry
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +137,7 @@ class TextShared(Optimization):
 class TextSettings(TextShared):
     """Everything but the data."""
 
-    method: GlueMethod
+    method: MethodEntry
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -17,12 +17,12 @@ from ..data.causal_lm import EncodedPairs, TextPair, encode_pairs, encode_prompt
 from ..evaluation.decoding import check_room
 from ._e2e_training import MARKER, base_folder, load_base, load_tokenizer
 from ._glue_adapters import adapter_config, check_targets, matched_method
-from ._glue_config import GlueMethod
+from ._method import MethodEntry
 from ._method_parts import changes_base, initialise, optimizer_arguments, save_adapter, trainer_class
-from ._model_preparation import PROCEDURES, Place, base_trainer, lora_part, prepare
+from ._model_preparation import PROCEDURES, Place, base_trainer, prepare
 from ._scratch_model import scratch_folder
 from ._text_config import Optimization, TextSettings
-from ._training_log import training_log
+from ._training_log import train_on, training_log
 
 T = TypeVar("T")
 
@@ -74,6 +74,8 @@ def trained_model(
     folder = run_dir / ("adapter" if config.method.has_adapter else "model")
     procedure, trained = PROCEDURES.get(config.method.adapter), (folder / MARKER).is_file()
     facts = json.loads((folder / MARKER).read_text(encoding="utf-8")) if trained else {}
+    if trained:
+        shutil.rmtree(run_dir / "training", ignore_errors=True)  # a kill may have come between
     if trained and procedure is None:
         if config.method.has_adapter:
             return PeftModel.from_pretrained(base, str(folder)).eval(), facts
@@ -86,13 +88,12 @@ def trained_model(
     model, initial = base, None
     if config.method.has_adapter:
         check_targets(base, config.model.target_modules, "model.target_modules")
-        matched = matched_method(config, base, lora_part(config.method))  # type: ignore[arg-type]
-        options = {**config.method.options, **matched.options, "task_type": "CAUSAL_LM"}
-        config = dataclasses.replace(config, method=dataclasses.replace(config.method, options=options))
-        plain = lora_part(config.method)
+        matched = matched_method(config, base)  # type: ignore[arg-type]
+        options = {**matched.options, "task_type": "CAUSAL_LM"}
+        config = dataclasses.replace(config, method=dataclasses.replace(matched, options=options))
         seed_everything(derive_seed(config.seed, "adapter"))
         try:
-            adapter = adapter_config(plain, config.model, head=False, num_steps=steps)  # type: ignore[arg-type]
+            adapter = adapter_config(config.method, config.model, head=False, num_steps=steps)  # type: ignore[arg-type]
             model = prepare(config.method, base, adapter, place)
             initialise(config.method.initialiser, model, rows, padding_collator(tokenizer), config.seed)  # type: ignore[arg-type]
         except ValueError as error:
@@ -122,7 +123,7 @@ def train(
     rows: EncodedPairs,
     run_dir: Path,
     seed: int,
-    method: GlueMethod | None = None,
+    method: MethodEntry | None = None,
 ) -> dict[str, Any]:
     """Train to the plan's end, with the method's own optimiser and losses.
 
@@ -131,8 +132,6 @@ def train(
     """
     import torch
     from transformers import PrinterCallback, TrainingArguments
-
-    from ..hypotheses.checkpoint import newest_complete
 
     folder = run_dir / "training"
     per_step = plan.batch_size * plan.accumulation_steps
@@ -166,8 +165,7 @@ def train(
     collator = padding_collator(tokenizer)
     trainer = kind(model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[log], **more)
     trainer.remove_callback(PrinterCallback)
-    last = newest_complete(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    train_on(trainer, folder)
     if method is None:
         return {"time_s": log.train_s}
     return {"time_s": log.train_s, "step_time_s": log.step_time_s, "peak_memory_bytes": log.peak_memory_bytes}

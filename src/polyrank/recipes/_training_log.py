@@ -1,4 +1,8 @@
-"""A Trainer callback that writes metrics.jsonl as training goes and times the steps, on from an earlier sitting."""
+"""A Trainer callback that writes metrics.jsonl as training goes and times the steps, on from an earlier sitting.
+
+A line is written at every checkpoint too: the Trainer's running loss is no part of a checkpoint, so a line over steps
+before and after one would, in a run that was killed and resumed there, be the mean of the later steps alone.
+"""
 
 from __future__ import annotations
 
@@ -66,6 +70,7 @@ def training_log(path: Path, num_steps: int, memory: bool = False) -> Any:
                 self.peak_memory_bytes += self.watched.bytes
                 self.watched = None
             self.bar.update(self.task, completed=state.global_step)
+            control.should_log = control.should_log or control.should_save
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
             logs = {key: value for key, value in (logs or {}).items() if value == value}  # JSON knows no NaN
@@ -81,3 +86,12 @@ def training_log(path: Path, num_steps: int, memory: bool = False) -> Any:
             self.bar.stop()
 
     return Log()
+
+
+def train_on(trainer: Any, folder: Path) -> None:
+    """Train to the last step, on from the newest whole checkpoint in `folder`, and not a step further."""
+    from ..hypotheses.checkpoint import newest_complete, stop_at_the_end
+
+    last = newest_complete(folder) if folder.is_dir() else None
+    stop_at_the_end(trainer)
+    trainer.train(resume_from_checkpoint=str(last) if last is not None else None)

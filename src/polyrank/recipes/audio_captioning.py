@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..core.errors import DataError
 from ..data.audio import SAMPLE_RATE
 from ..data.audio_pack import AudioPack, Packed, pack, pack_name
 from ..data.clips import read_audiocaps, read_clotho
@@ -20,7 +21,7 @@ from ..data.digits import read_digits
 from ._caption_media import MediaExample
 from ._caption_media_config import AudioConfig, AudioData, AudioTable
 from ._caption_media_task import media_task
-from ._caption_run import Task, run_one, run_table
+from ._caption_run import Task, run_in_processes, run_table
 from ._registry import recipes
 from ._text_training import chosen
 
@@ -30,7 +31,10 @@ SUBSETS = {"clotho": {"train": "dev", "validation": "val", "test": "eval"}, "aud
 @recipes.decorator("audio_captioning")
 def run(config: AudioConfig, run_dir: Path) -> None:
     """Pack, train, decode, score. `run_dir` gets adapter/, metrics.jsonl, predictions.jsonl, result.json, ..."""
-    run_one(config, task(config, run_dir), run_dir)
+    run_in_processes(config, task, run_dir)
+
+
+run.distributed = True  # type: ignore[attr-defined]
 
 
 @recipes.decorator("audio_captioning/table")
@@ -83,11 +87,14 @@ def packed(data: AudioData, part: str, folder: Path) -> Packed:
 
 
 def sounds(path: Path) -> list[MediaExample]:
-    """The clips of a pack; samples are read when they are needed."""
+    """The clips of a pack; samples are read when they are needed. Raises: DataError for clips without a caption."""
     pack = AudioPack(path)
     names, captions = pack.file["fname"].asstr()[:], pack.file["captions"].asstr()[:]
+    without = [str(name) for name, texts in zip(names, captions, strict=True) if not any(map(str.strip, texts))]
+    if without:
+        raise DataError(f"{str(path)!r}: {len(without)} of {len(names)} clips have no caption (first: {without[0]!r})")
     return [
-        MediaExample(str(name), partial(_samples, pack, i), tuple(text for text in texts if text))
+        MediaExample(str(name), partial(_samples, pack, i), tuple(text for text in texts if text.strip()))
         for i, (name, texts) in enumerate(zip(names, captions, strict=True))
     ]
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..core.errors import ConfigError, DataError, unknown_name
+from ..core.errors import ConfigError, DataError, printable, unknown_name
 
 _log = logging.getLogger("polyrank")
 
@@ -74,7 +74,10 @@ def list_command(args: Namespace) -> None:
 
 def evaluate_command(args: Namespace) -> None:
     from ..evaluation.metrics import METRICS, evaluate
+    from ._evaluate_folder import evaluate_folder_command, is_folder_of_runs
 
+    if args.out is not None or is_folder_of_runs(args.source):
+        return evaluate_folder_command(args)
     names = [name.strip() for name in args.metrics.split(",") if name.strip()] if args.metrics else None
     models, skipped = _models(getattr(args, "model", None) or ()), getattr(args, "skipped", None)
     found = evaluate(args.source, names, models=models, skipped=skipped, progress=not getattr(args, "quiet", False))
@@ -137,9 +140,9 @@ def generate_command(args: Namespace) -> None:
         return
     for prompt, texts in zip(args.prompt, decoded.candidates, strict=True):
         if len(args.prompt) > 1:
-            print(f"# {prompt}")
+            print(f"# {printable(prompt)}")
         for k in chosen:
-            print(f"{k}: {texts[k]}" if K > 1 else texts[k])
+            print(printable(f"{k}: {texts[k]}" if K > 1 else texts[k]))
 
 
 def export_command(args: Namespace) -> None:
@@ -234,12 +237,24 @@ def bench_command(args: Namespace) -> int:
     if root is None and not files:
         raise DataError("benchmarks are part of the repository, not of the installed package; run this in a checkout")
     if args.name is None:
-        print("\n".join(files))
+        unknown = [text for text in args.arguments if text != "--json"]
+        if unknown:
+            raise ConfigError(f"unknown argument {unknown[0]!r} (see polyrank bench --help)")
+        entries = [{"name": name, "summary": _first_words(file)} for name, file in files.items()]
+        _print_json(entries) if args.arguments else print_rows([list(entry.values()) for entry in entries])
         return 0
     if args.name not in files:
         raise unknown_name("benchmark", args.name, files)
     module = _load_file(files[args.name], folder)
     return int(module.main(args.arguments) or 0)
+
+
+def _first_words(file: Path) -> str:
+    """First sentence of a module's docstring; nothing is imported for it."""
+    import ast
+
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return text.split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")
 
 
 def _load_file(file: Path, folder: Path) -> Any:
@@ -261,7 +276,8 @@ def _new_folder(name: str) -> Path:
 
 
 def print_rows(rows: Sequence[Sequence[str]]) -> None:
-    """Columns of text, numbers to the right."""
+    """Columns of text, numbers to the right; what a terminal would obey is shown as a question mark."""
+    rows = [[printable(text).replace("\n", " ") for text in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     right = [all(_is_number(text) for text in column[1:]) and len(column) > 1 for column in zip(*rows, strict=True)]
     for row in rows:

@@ -1,10 +1,10 @@
 """Restaurant descriptions (E2E NLG) on a small pretrained language model: one hypothesis against several, equal
 budgets.
 
-A run trains one adapter (LoRA by maximum likelihood, or LoRA-MCL), lets it write K candidates for every test input in
-each of its decodings, and scores them against all human references: predictions.jsonl for the first decoding, a folder
-under decodings/ for each other, result.json with one row for each. `e2e/table` makes such a run for every method, K and
-seed.
+A run trains one adapter (LoRA or LoRA-MoE by maximum likelihood, or LoRA-MCL), lets it write K candidates for every
+test input in each of its decodings, and scores them against all human references: predictions.jsonl for the first
+decoding, a folder under decodings/ for each other, result.json with one row for each. `e2e/table` makes such a run for
+every method, K and seed.
 
 Scores (which candidate would be shown, were only one allowed): the model's own length-normalised log-likelihood, of the
 hypothesis that wrote it; no reference is looked at.

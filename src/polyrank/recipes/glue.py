@@ -28,8 +28,9 @@ from ..core.records import Metric, Record, Row, new_record, read_record, record_
 from ..data.glue import get_task, part_files
 from ..evaluation.glue_metrics import TASK_SCORES, decide, task_scores
 from ._glue_adapters import budget_parameters, matched_method
-from ._glue_config import GlueConfig, GlueData, GlueMethod, GlueTableConfig
+from ._glue_config import GlueConfig, GlueData, GlueTableConfig
 from ._glue_training import Rows, load_encoder, predict, trained_model
+from ._method import MethodEntry
 from ._registry import recipes
 
 _log = logging.getLogger("polyrank")
@@ -84,7 +85,7 @@ def run_table(config: GlueTableConfig, run_dir: Path) -> None:
     atomic_write(run_dir / "result.json", record_to_json(table))
 
 
-def equal_methods(config: GlueTableConfig) -> tuple[dict[str, GlueMethod], list[str]]:
+def equal_methods(config: GlueTableConfig) -> tuple[dict[str, MethodEntry], list[str]]:
     """Each method at the budget that all share, and a note that says what it is."""
     import polyrank.hypotheses  # noqa: F401  registers the adapter methods
 
@@ -144,7 +145,7 @@ def make_record(config: GlueConfig, facts: Mapping[str, Any], scores: Mapping[st
     metrics[f"{task}_validation"] = Metric(label=f"{title} validation {config.main_score}")
     figures[f"{task}_validation"] = facts["validation"]
     figures |= {key: round(facts[key], 4) for key in COSTS}
-    method = GlueMethod(**facts["method"])
+    method = MethodEntry(**facts["method"])
     return new_record(
         "glue",
         "run",
@@ -158,7 +159,7 @@ def make_record(config: GlueConfig, facts: Mapping[str, Any], scores: Mapping[st
     )
 
 
-def row_settings(config: GlueConfig, method: GlueMethod, facts: Mapping[str, Any]) -> dict[str, Any]:
+def row_settings(config: GlueConfig, method: MethodEntry, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What tells rows of a method apart: task, the adapter's own options, learning rate, steps."""
     options = {key: value for key, value in method.options.items() if isinstance(value, (str, int, float, bool))}
     return {"data": config.data.task, **options, "learning_rate": config.rate, "steps": facts["num_steps"]}

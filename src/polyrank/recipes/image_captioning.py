@@ -32,7 +32,7 @@ from ._caption_languages import LanguageGuess, of_language, win_shares_by_langua
 from ._caption_media import MediaExample
 from ._caption_media_config import ImageConfig, ImageTable
 from ._caption_media_task import media_task
-from ._caption_run import Scores, Task, compute, run_one, run_table
+from ._caption_run import Scores, Task, compute, run_in_processes, run_one, run_table
 from ._caption_text import text_predictor
 from ._e2e_config import Decoding
 from ._e2e_training import load_base, load_tokenizer
@@ -48,7 +48,10 @@ BY_LANGUAGE = ("oracle_cider_d", "oracle_bleu")
 def run(config: ImageConfig, run_dir: Path) -> None:
     """Train, decode, score. `run_dir` gets adapter/, metrics.jsonl, predictions.jsonl, decodings/, result.json, and
     skipped-<part>.jsonl."""
-    run_one(config, image_task(config, run_dir), run_dir)
+    run_in_processes(config, image_task, run_dir)
+
+
+run.distributed = True  # type: ignore[attr-defined]
 
 
 @recipes.decorator("image_captioning/table")

@@ -30,7 +30,7 @@ from ..data.text_files import read_text
 from ..evaluation.metrics import evaluate_predictions
 from ..evaluation.scoring import reference_nll
 from ._glue_adapters import budget_parameters
-from ._glue_config import GlueMethod
+from ._method import MethodEntry
 from ._registry import recipes
 from ._text_config import TextSettings, TextShared
 from ._text_training import load, trained_model
@@ -89,7 +89,7 @@ class MethodsConfig(MethodsShared, TextSettings):
 class MethodsTableConfig(MethodsShared):
     """Methods x seeds. learning_rate: None: each method's own, `methods.<name>.learning_rate`."""
 
-    methods: dict[str, GlueMethod]
+    methods: dict[str, MethodEntry]
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
 
     def __post_init__(self) -> None:
@@ -205,8 +205,9 @@ def make_record(
 
 def row_settings(config: MethodsConfig, training: Mapping[str, Any]) -> dict[str, Any]:
     """The size that reaches the budget, and the learning rate."""
-    method = GlueMethod(**training["method"])
-    size = f"{method.match}={method.options[method.match]}" if method.match in method.options else "–"
+    method = MethodEntry(**training["method"])
+    option = method.match or "r"
+    size = f"{option}={method.options[option]}" if option in method.options else "–"
     return {"size": size, "learning_rate": config.rate}
 
 

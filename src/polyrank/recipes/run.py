@@ -28,6 +28,7 @@ from ..core.files import atomic_write, full_disk_is_said, parse_json, read_bytes
 from ..core.provenance import code_state, portable
 from ._compose import CONF, Composed, check_overrides, compose, hydra_errors, search_path, settle
 from ._registry import get_recipe
+from ._yaml_files import read_yaml
 
 _log = logging.getLogger("polyrank")
 FINISHED = "finished"
@@ -156,8 +157,9 @@ def run_folder(composed: Composed, overrides: Sequence[str]) -> Path:
     base = Path(config["runs_dir"] or "runs") / composed.choice
     name = config["run_name"]
     if name is not None:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._=,+-]*(/[A-Za-z0-9_][A-Za-z0-9._=,+-]*)*", name) or ".." in name:
-            raise ConfigError(f"run_name {name!r} must be letters, digits and ._=,+- (with / for subfolders)")
+        part = r"[A-Za-z0-9_][A-Za-z0-9._=,+-]{0,199}"
+        if not re.fullmatch(rf"{part}(/{part})*", name) or ".." in name:
+            raise ConfigError(f"run_name {name!r:.300} must be letters, digits and ._=,+- (with / for subfolders)")
         return base / name
     content = {key: value for key, value in config.items() if key not in ("runs_dir", "run_name")}
     digest = hashlib.sha256(json.dumps(portable(content), sort_keys=True, default=str).encode()).hexdigest()[:8]
@@ -180,11 +182,13 @@ def _save_config(run_dir: Path, config: Mapping[str, Any]) -> None:
 def _check_same_config(run_dir: Path, composed: Composed) -> None:
     import yaml
 
-    saved = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8")) or {}
+    saved = read_yaml(run_dir / "config.yaml")
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{run_dir / 'config.yaml'} is no configuration; --fresh starts over")
     asked = yaml.safe_load(to_yaml(composed.config))
     for key in ("runs_dir", "run_name"):
         saved.pop(key, None), asked.pop(key, None)
-    different = sorted(key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key))
+    different = sorted((key for key in saved.keys() | asked.keys() if saved.get(key) != asked.get(key)), key=str)
     if different:
         key = different[0]
         raise ConfigError(

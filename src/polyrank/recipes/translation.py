@@ -21,7 +21,7 @@ from ..data.e2e import MultiReference
 from ..data.multi30k import read_translations, translation_files
 from ..data.wmt import read_extra_references
 from ._caption_base import small_llama_folder
-from ._caption_run import Task, compute, run_one, run_table
+from ._caption_run import Task, compute, run_in_processes, run_table
 from ._caption_text import text_predictor
 from ._e2e_training import base_folder, load_base, load_tokenizer
 from ._registry import recipes
@@ -35,7 +35,10 @@ ROLES = {"oracle_bleu": "quality", "leave_one_out_bleu": "quality", "pairwise_bl
 @recipes.decorator("translation")
 def run(config: TranslationConfig, run_dir: Path) -> None:
     """Train, decode, score. `run_dir` gets adapter/, metrics.jsonl, predictions.jsonl, decodings/, result.json."""
-    run_one(config, task(config, run_dir), run_dir)
+    run_in_processes(config, task, run_dir)
+
+
+run.distributed = True  # type: ignore[attr-defined]
 
 
 @recipes.decorator("translation/table")

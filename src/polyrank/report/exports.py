@@ -54,8 +54,13 @@ def csv_table(table: Table) -> str:
         for column, cell in zip(table.columns, row.cells, strict=True):
             figures += [_times(cell.mean, column.factor), _times(cell.spread, column.factor)]
         settings = ["" if row.settings.get(key) is None else row.settings[key] for key in table.settings]
-        writer.writerow([row.method, *settings, seeds_text(row), *figures])
+        writer.writerow([*map(_no_formula, (row.method, *settings)), seeds_text(row), *figures])
     return buffer.getvalue()
+
+
+def _no_formula(value: object) -> object:
+    """Text that a spreadsheet would compute, with the apostrophe that has it shown as it is."""
+    return f"'{value}" if isinstance(value, str) and value.lstrip()[:1] in ("=", "+", "-", "@") else value
 
 
 def _times(value: float | None, factor: float) -> object:

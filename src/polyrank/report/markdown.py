@@ -8,8 +8,17 @@ from html import escape
 
 from ..core.records import Record
 from .page import summary
-from .plots import choose_plots, draw_png
-from .tables import Cell, Table, build_table, heading, seeds_text, setting_text
+from .plots import choose_plots, draw_png, figure_caption
+from .tables import (
+    Cell,
+    Table,
+    build_table,
+    heading,
+    measured_text,
+    seed_rows,
+    seeds_text,
+    setting_text,
+)
 
 
 def markdown_page(records: Iterable[Record], title: str, stem: str) -> tuple[str, dict[str, bytes]]:
@@ -23,7 +32,12 @@ def markdown_page(records: Iterable[Record], title: str, stem: str) -> tuple[str
         for number, plot in enumerate(choose_plots(table)):
             name = f"{stem}-{index}-{number}.png"
             pictures[name] = draw_png(plot)
-            parts.append(f"![{_text(plot.alt)}]({name})")
+            parts += [f"![{_text(plot.alt)}]({name})", f"*{_text(figure_caption(plot))}.*"]
+        if table.has_seeds:
+            parts += [f"### {_text(record.name)}: every seed, as measured", _seeds(table)]
+        if record.versions:
+            versions = ", ".join(f"{name} {version}" for name, version in record.versions.items())
+            parts.append(f"Versions: {_text(versions)}.")
     return "\n\n".join(parts) + "\n", pictures
 
 
@@ -35,6 +49,13 @@ def _table(table: Table) -> str:
         seeds = [seeds_text(row)] if table.has_seeds else []
         lines.append([_text(row.method), *settings, *seeds, *map(_cell, row.cells)])
     lines[0] = [_text(head) for head in heads]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _seeds(table: Table) -> str:
+    heads, rows = seed_rows(table)
+    lines = [list(map(_text, heads)), [":--", *["--:"] * (len(heads) - 1)]]
+    lines += [[_text(method), *(_text(measured_text(cell)) for cell in cells)] for method, cells in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

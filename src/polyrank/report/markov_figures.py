@@ -20,6 +20,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..core.files import atomic_write
+from .page import page_around, table_region
 
 _COLOURS = ("#1f5fa8", "#c8322b", "#2a8a4a", "#8a4fb0", "#c77a12", "#4a4a4a", "#0c8f8f", "#a83a78")
 _MARKERS = "oDs^vP*X"
@@ -165,32 +166,19 @@ def write_page(
 
     Args: figures: caption -> PNG file.
     """
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>\n" for row in table)
-    images = "".join(
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,'
-        f'{base64.b64encode(Path(file).read_bytes()).decode()}"><figcaption>{html.escape(caption)}</figcaption></figure>\n'
-        for caption, file in figures.items()
-    )
-    text = "".join(f"<p>{html.escape(paragraph)}</p>\n" for paragraph in paragraphs)
-    return atomic_write(path, _PAGE.format(title=html.escape(title), text=text, head=head, body=body, images=images))
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 58rem; margin: 2rem auto; padding: 0 1rem; color: #1b1b1b; }}
-table {{ border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: .3rem .8rem; border-bottom: 1px solid #ccc; text-align: right; }}
-th:first-child, td:first-child {{ text-align: left; }}
-figure {{ margin: 2rem 0; }} img {{ max-width: 100%; }} figcaption {{ color: #555; font-size: .9rem; }}
-</style></head><body>
-<h1>{title}</h1>
-{text}<table><thead><tr>{head}</tr></thead><tbody>
-{body}</tbody></table>
-{images}</body></html>
-"""
+    rows = []
+    for name, *cells in table:
+        shown = "".join(f"<td>{html.escape(cell)}</td>" for cell in cells)
+        rows.append(f'<tr><th scope="row">{html.escape(name)}</th>{shown}</tr>')
+    parts = [f"<p>{html.escape(paragraph)}</p>" for paragraph in paragraphs]
+    heads = [head or "quantity" for head in header]
+    parts.append(table_region(f"Table of {title}", "Losses in nats per predicted token.", heads, rows))
+    for caption, file in figures.items():
+        data = base64.b64encode(Path(file).read_bytes()).decode()
+        shown = html.escape(caption)
+        parts.append(f'<figure><img alt="Plot: {shown}" src="data:image/png;base64,{data}">')
+        parts.append(f"<figcaption>{shown}</figcaption></figure>")
+    return atomic_write(path, page_around("\n".join(parts), title))
 
 
 def _figure(width: float, height: float) -> Figure:

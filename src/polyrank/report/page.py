@@ -11,16 +11,32 @@ from importlib.resources import files
 from string import Template
 
 from ..core.records import Record
-from .plots import choose_plots, draw_svg
-from .tables import Cell, Table, build_table, heading, seeds_text, setting_text
+from .plots import choose_plots, draw_svg, figure_caption
+from .tables import (
+    Cell,
+    Table,
+    build_table,
+    heading,
+    measured_text,
+    seed_rows,
+    seeds_text,
+    setting_text,
+)
 
 
 def html_page(records: Iterable[Record], title: str) -> str:
-    """The whole page. Nothing in it is loaded from elsewhere; its policy lets only its own script run."""
+    """The whole page: a section for each record, and where there are several a list of them."""
+    records = list(records)
+    links = "".join(f'<li><a href="#t{i}">{escape(record.name)}</a></li>' for i, record in enumerate(records))
+    contents = f'<nav aria-label="Results"><ul>{links}</ul></nav>\n' if len(records) > 1 else ""
+    return page_around(contents + "\n".join(_section(record, index) for index, record in enumerate(records)), title)
+
+
+def page_around(body: str, title: str) -> str:
+    """A page with a title around markup. Nothing in it is loaded from elsewhere; only its own script runs."""
     room = files(__package__)
     script = room.joinpath("page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    body = "\n".join(_section(record, index) for index, record in enumerate(records))
     return Template(room.joinpath("page.html").read_text(encoding="utf-8")).substitute(
         title=escape(title),
         style=room.joinpath("page.css").read_text(encoding="utf-8"),
@@ -43,7 +59,7 @@ def _section(record: Record, index: int) -> str:
         for number, plot in enumerate(plots):
             svg = draw_svg(plot, f"p{index}-{number}")
             svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(plot.alt)}"', 1)
-            parts.append(f"<figure>{svg}<figcaption>{escape(plot.title)}</figcaption></figure>")
+            parts.append(f"<figure>{svg}<figcaption>{escape(figure_caption(plot))}</figcaption></figure>")
         parts.append("</div>")
     if table.has_seeds:
         parts.append(_seeds(table, index))
@@ -86,13 +102,25 @@ def _table(table: Table, index: int) -> str:
             cells.append(f"<td{_value(len(row.seeds))}>{seeds_text(row)}</td>")
         cells += [f"<td{_value(cell.mean)}>{_cell(cell)}</td>" for cell in row.cells]
         rows.append(f"<tr>{''.join(cells)}</tr>")
+    return table_region(f"Table of {table.record.name}", caption(table), heads, rows, f"s{index}")
+
+
+def table_region(label: str, caption: str, heads: Iterable[str], rows: Iterable[str], status: str = "") -> str:
+    """A table in a region of its own that scrolls and takes the keyboard's focus.
+
+    Args:
+        rows: markup, one <tr> each.
+        status: id of the line that says how it is sorted (the script makes its heads buttons); default: not sortable.
+    """
+    sortable = f' data-sortable="{status}"' if status else ""
+    said = f'\n<p id="{status}" class="quiet" role="status"></p>' if status else ""
     return (
-        f'<div class="scroll" role="region" aria-label="Table of {escape(table.record.name)}" tabindex="0">'
-        f'<table data-sortable="s{index}"><caption><span>{caption(table)}</span></caption><thead><tr>'
+        f'<div class="scroll" role="region" aria-label="{escape(label)}" tabindex="0">'
+        f"<table{sortable}><caption><span>{escape(caption)}</span></caption><thead><tr>"
         + "".join(f'<th scope="col"><span>{escape(head)}</span></th>' for head in heads)
         + "</tr></thead><tbody>\n"
         + "\n".join(rows)
-        + f'\n</tbody></table></div>\n<p id="s{index}" class="quiet" role="status"></p>'
+        + f"\n</tbody></table></div>{said}"
     )
 
 
@@ -105,32 +133,24 @@ def _value(value: object) -> str:
 
 
 def _cell(cell: Cell) -> str:
-    place = {1: ' class="best"', 2: ' class="second"'}.get(cell.place, "")
-    mark = {1: "best", 2: "second"}.get(cell.place)
-    title = f' title="{mark}"' if mark else ""
+    """Mean and spread; that it is the best or the second stands there in words too, for those who hear the page."""
+    text = escape(cell.text)
+    if cell.place:
+        mark = {1: "best", 2: "second"}[cell.place]
+        text = f'<span class="{mark}" title="{mark}">{text}</span>'
     spread = f' <span class="spread">± {escape(cell.spread_text)}</span>' if cell.spread_text else ""
-    return f"<span{place}{title}>{escape(cell.text)}</span>{spread}"
+    return text + spread + (f'<span class="unseen"> ({mark})</span>' if cell.place else "")
 
 
 def _seeds(table: Table, index: int) -> str:
     """Every figure of every seed, as measured."""
-    columns = "".join(f'<th scope="col"><span>{escape(c.label)}</span></th>' for c in table.columns)
+    heads, rows = seed_rows(table)
     lines = []
-    for row in table.record.rows:
-        settings = ", ".join(f"{key} {setting_text(value)}" for key, value in row.settings.items())
-        name = f"{row.method} ({settings})" if settings else row.method
-        values = [row.figures.get(column.key) for column in table.columns]
-        shown = "".join(f"<td>{'–' if value is None else escape(f'{value:.6g}')}</td>" for value in values)
-        seed = "–" if row.seed is None else row.seed
-        lines.append(f'<tr><th scope="row">{escape(name)}</th><td>{seed}</td>{shown}</tr>')
-    units = ", ".join(f"{c.label} in {c.metric.unit}" for c in table.columns if c.metric.unit)
-    return (
-        "<details><summary>Every seed</summary>"
-        f'<div class="scroll" role="region" aria-label="Every seed of {escape(table.record.name)}" tabindex="0"><table>'
-        f"<caption><span>As measured{escape(f'; {units}' if units else '')}.</span></caption><thead><tr>"
-        f'<th scope="col"><span>method</span></th><th scope="col"><span>seed</span></th>{columns}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div></details>"
-    )
+    for method, cells in rows:
+        shown = "".join(f"<td{_value(cell)}>{escape(measured_text(cell))}</td>" for cell in cells)
+        lines.append(f'<tr><th scope="row">{escape(method)}</th>{shown}</tr>')
+    shown = table_region(f"Every seed of {table.record.name}", "As measured.", heads, lines, f"e{index}")
+    return f"<details><summary>Every seed</summary>{shown}</details>"
 
 
 def _provenance(record: Record) -> str:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .tables import Column, Table, TableRow, setting_text
+from .tables import Cell, Column, Table, TableRow, setting_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,6 +57,13 @@ def choose_plots(table: Table) -> list[Plot]:
     return plots[:MAXIMUM_PLOTS]
 
 
+def figure_caption(plot: Plot) -> str:
+    """The title, and what the bars are where there are any."""
+    spreads = [cell.spread for _, x, y in _points(plot.table, plot.x, plot.y) for cell in (x, y)]
+    bars = ". Bars: sample standard deviation over seeds" if any(spreads) else ""
+    return f"{plot.title}{bars}"
+
+
 def draw_svg(plot: Plot, prefix: str) -> str:
     """The plot as an <svg> element for a page: text stays text, ids start with `prefix`, ink is the page's."""
     with _style(transparent=True):
@@ -89,7 +96,7 @@ def _points(table: Table, x: Column, y: Column) -> list[tuple[TableRow, Any, Any
 def _draw(plot: Plot) -> Any:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.6, 4.0))
+    figure = Figure(figsize=(4.6, 3.6))  # small: its text can still be read on a phone
     axes = figure.add_subplot()
     points = _points(plot.table, plot.x, plot.y)
     methods = list(dict.fromkeys(row.method for row, *_ in points))
@@ -113,16 +120,15 @@ def _draw(plot: Plot) -> Any:
             label=None if row.method in named else _short(row.method),
         )
         named.add(row.method)
-        differing = _differing_settings(plot.table, row, [shown for shown, *_ in points])
-        if differing:
-            axes.annotate(differing, (x.mean, y.mean), xytext=(5, 4), textcoords="offset points", fontsize=7)
     _label(axes, plot, points)
+    _name_points(axes, plot, points)
     if len(methods) > 1 or largest is not None:
         title = f"area: {BUDGET}" if largest is not None else None
         handles, labels = axes.get_legend_handles_labels()
         for handle in handles:
             handle[0].set_markersize(7)
-        axes.legend(handles, labels, fontsize=9, title=title, title_fontsize=9, ncols=2, **_BELOW)
+        columns = 2 if max(map(len, labels)) <= 18 else 1
+        axes.legend(handles, labels, fontsize=9, title=title, title_fontsize=9, ncols=columns, **_BELOW)
     return figure
 
 
@@ -142,6 +148,52 @@ def _label(axes: Axes, plot: Plot, points: list[tuple[TableRow, Any, Any]]) -> N
     axes.grid(alpha=0.25, linewidth=0.6)
 
 
+def _name_points(axes: Axes, plot: Plot, points: list[tuple[TableRow, Any, Any]]) -> None:
+    """Beside each point what tells it from the others of its method, at the first of four places that is free."""
+    size, unit = 8.0, axes.figure.dpi / 72
+    axes.get_xlim(), axes.get_ylim()  # fixes the limits, which matplotlib puts off until somebody asks
+    frame = axes.get_window_extent()
+    taken = [(px - 4, py - 4, px + 4, py + 4) for px, py in (_at(axes, x, y, unit) for _, x, y in points)]
+    for row, x, y in points:
+        text = _differing_settings(plot.table, row, [shown for shown, *_ in points])
+        if not text:
+            continue
+        px, py = _at(axes, x, y, unit)
+        width, height = 0.56 * size * len(text), 1.1 * size
+        costs = []
+        for right, up in ((True, True), (False, True), (True, False), (False, False)):
+            left, low = (px + 5 if right else px - 5 - width), (py + 4 if up else py - 4 - height)
+            box = (left, low, left + width, low + height)
+            outside = max(0.0, box[2] - frame.x1 / unit) + max(0.0, frame.x0 / unit - box[0])
+            costs.append(
+                (sum(_overlap(box, other) for other in taken) + 2 * height * outside, len(costs), box, right, up)
+            )
+        *_, box, right, up = min(costs)
+        taken.append(box)
+        axes.annotate(
+            text,
+            (x.mean, y.mean),
+            xytext=(5 if right else -5, 4 if up else -4),
+            textcoords="offset points",
+            fontsize=size,
+            ha="left" if right else "right",
+            va="bottom" if up else "top",
+        )
+
+
+def _at(axes: Axes, x: Cell, y: Cell, unit: float) -> tuple[float, float]:
+    """Where a point stands in the figure, in points of 1/72 inch."""
+    px, py = axes.transData.transform((x.mean, y.mean))
+    return float(px) / unit, float(py) / unit
+
+
+def _overlap(one: Sequence[float], other: Sequence[float]) -> float:
+    """Area that two boxes (left, low, right, high) share."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height)
+
+
 def _size(budget: Any, largest: float | None) -> float:
     if largest is None or not isinstance(budget, (int, float)) or not 0 < budget <= largest:
         return 7.0
@@ -149,10 +201,14 @@ def _size(budget: Any, largest: float | None) -> float:
 
 
 def _differing_settings(table: Table, row: TableRow, shown: Sequence[TableRow]) -> str:
-    """The settings in which this method's rows of the plot differ, briefly: what a point must be labelled with."""
+    """The settings in which this method's rows of the plot differ, briefly: what a point must be labelled with. The
+    marker's area shows the budget, so it is named only where nothing else differs; a word stands without its key."""
     others = [other.settings for other in shown if other.method == row.method]
     keys = [key for key in table.settings if len({repr(other.get(key)) for other in others}) > 1]
-    return _short(", ".join(f"{key} {setting_text(row.settings.get(key))}" for key in keys), 30)
+    keys = [key for key in keys if key != BUDGET] or keys
+    values = {key: row.settings.get(key) for key in keys}
+    words = [value if isinstance(value, str) else f"{key} {setting_text(value)}" for key, value in values.items()]
+    return _short(", ".join(words), 30)
 
 
 def _short(text: str, limit: int = 40) -> str:

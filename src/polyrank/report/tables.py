@@ -181,6 +181,24 @@ def seeds_text(row: TableRow) -> str:
     return "–" if not count else f"{count} ({', '.join(map(str, row.seeds))})" if count <= 5 else str(count)
 
 
+def seed_rows(table: Table) -> tuple[list[str], list[tuple[str, list[Scalar]]]]:
+    """Every figure of every seed as measured: (heads, with the record's own units; rows of method and cells)."""
+    units = [column.metric.unit for column in table.columns]
+    labels = [
+        f"{column.label} ({unit})" if unit else column.label for column, unit in zip(table.columns, units, strict=True)
+    ]
+    rows: list[tuple[str, list[Scalar]]] = []
+    for row in table.record.rows:
+        settings = [row.settings.get(key) for key in table.settings]
+        rows.append((row.method, [*settings, row.seed, *(row.figures.get(column.key) for column in table.columns)]))
+    return ["method", *table.settings, "seed", *labels], rows
+
+
+def measured_text(value: Scalar) -> str:
+    """A figure or setting as measured, six digits."""
+    return f"{value:.6g}" if isinstance(value, float) else setting_text(value)
+
+
 def heading(column: Column) -> str:
     """Label, unit and direction: "BLEU (%) ↑"."""
     arrow = {"higher": " ↑", "lower": " ↓", None: ""}[column.metric.better]

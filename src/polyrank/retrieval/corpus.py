@@ -15,18 +15,22 @@ import gzip
 import io
 import json
 import logging
-import sys
+import re
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from ..core.errors import ConfigError, DataError
+from ..core.errors import ConfigError, DataError, UserError
 from ..core.files import atomic_path, atomic_write, parse_json
 
 _log = logging.getLogger("polyrank")
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".csv", ".csv.gz")
+LONGEST_LINE = 1 << 26
+"""Characters of a line, or of a whole .txt or .md file."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def read_qrels(path: str | Path, split: str = "test") -> dict[str, dict[str, int
     source = path / "qrels" / f"{split}.tsv" if path.is_dir() else path
     qrels: dict[str, dict[str, int]] = {}
     with _text(source) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, source), start=1):
             columns = line.rstrip("\r\n").split("\t")
             if len(columns) == 1:
                 columns = line.split()
@@ -181,7 +185,9 @@ def _files(folder: Path, counts: Counter[str]) -> Iterator[tuple[Document, str]]
     """Every .txt and .md below a folder, in the order of their paths."""
     for file in sorted(file for file in folder.rglob("*") if file.suffix.lower() in (".txt", ".md") and file.is_file()):
         with _text(file) as opened:
-            text = opened.read()
+            text = opened.read(LONGEST_LINE + 1)
+        if len(text) > LONGEST_LINE:
+            raise DataError(f"{file}: longer than {LONGEST_LINE} characters")
         counts["broken_text"] += "\ufffd" in text
         first, _, rest = text.lstrip("\ufeff\n ").partition("\n")
         heading = file.suffix.lower() == ".md" and first.startswith("#")
@@ -202,14 +208,14 @@ def _rows(source: Path, counts: Counter[str]) -> Iterator[tuple[dict[str, Any], 
         raise ConfigError(f"{source} cannot be read: allowed are a folder, {', '.join(_SUFFIXES)}")
     with _text(source) as file:
         if ".csv" in name:
-            csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-            for number, row in enumerate(csv.DictReader(file), start=1):
+            csv.field_size_limit(LONGEST_LINE)
+            for number, row in enumerate(csv.DictReader(_lines(file, source)), start=1):
                 yield (
                     _counted({key: value or "" for key, value in row.items() if key}, counts),
                     f"{source}, row {number}",
                 )
             return
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(_lines(file, source), start=1):
             if line.strip():
                 try:
                     row = parse_json(line)
@@ -253,19 +259,31 @@ def _field(row: Mapping[str, Any], names: Iterable[str], where: str, default: st
     return default
 
 
-def _text(path: Path) -> IO[str]:
-    """A text file, gzip or plain, broken UTF-8 replaced. Raises DataError if it is missing or cannot be read."""
+@contextmanager
+def _text(path: Path) -> Iterator[IO[str]]:
+    """A text file, gzip or plain, broken UTF-8 replaced. Raises DataError if it is missing or cannot be read, also
+    where that shows only in the middle of it."""
     try:
-        binary: Any = path.open("rb")
-        if path.suffix == ".gz":
-            binary = gzip.GzipFile(fileobj=binary)
-            binary.peek(1)
+        with path.open("rb") as binary:
+            unpacked: Any = gzip.GzipFile(fileobj=binary) if path.suffix == ".gz" else binary
+            yield io.TextIOWrapper(unpacked, encoding="utf-8", errors="replace", newline="")
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
-    except (OSError, EOFError) as error:
+    except UserError:
+        raise
+    except (OSError, EOFError, ValueError, zlib.error, csv.Error) as error:  # ValueError: a NUL in the path
         raise DataError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return io.TextIOWrapper(binary, encoding="utf-8", errors="replace", newline="")
+
+
+def _lines(file: IO[str], source: Path) -> Iterator[str]:
+    """The lines of a file, none of them without end: a few kilobytes of gzip can unpack to gigabytes."""
+    number = 0
+    while line := file.readline(LONGEST_LINE):
+        number += 1
+        if len(line) == LONGEST_LINE:
+            raise DataError(f"{source}, line {number}: longer than {LONGEST_LINE} characters")
+        yield line
 
 
 def _is_whole(text: str) -> bool:
-    return text.strip().lstrip("+-").isdigit()
+    return re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", text) is not None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..analysis.adapter_files import open_adapter
 from ..core.errors import CheckpointError, ConfigError
 from ..core.files import atomic_write, parse_json, read_bytes
 
@@ -32,18 +33,37 @@ def load_encoder(
     from sentence_transformers import SentenceTransformer
 
     path = minilm_folder() if name_or_path == MINILM else str(name_or_path)
+    _check_modules(Path(path) / "modules.json")
+    if adapter is not None:
+        open_adapter(adapter)
     try:
         encoder = SentenceTransformer(path, device=device, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot load an encoder from {name_or_path!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # whatever sentence-transformers meets in a folder that it did not write
+        raise ConfigError(f"cannot load an encoder from {name_or_path!r}: {_first_line(error)}") from error
     if adapter is not None:
-        if not (Path(adapter) / "adapter_model.safetensors").is_file():
-            raise CheckpointError(f"{adapter} holds no adapter_model.safetensors")
         try:
             encoder.load_adapter(str(adapter))
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"cannot load the adapter {adapter}: {str(error).splitlines()[0]}") from error
+        except Exception as error:  # as above
+            raise CheckpointError(f"cannot load the adapter {adapter}: {_first_line(error)}") from error
     return encoder.eval()
+
+
+def _check_modules(file: Path) -> None:
+    """Refuse an encoder's folder that names code of its own: some sentence-transformers import it from a folder."""
+    if not file.is_file():
+        return
+    try:
+        modules = parse_json(read_bytes(file, 1 << 20))
+    except ValueError as error:
+        raise ConfigError(f"{file}: {error}") from None
+    for one in modules if isinstance(modules, list) else [None]:
+        kind = one.get("type") if isinstance(one, dict) else one
+        if not isinstance(kind, str) or not kind.startswith("sentence_transformers."):
+            raise ConfigError(f"{file}: a module of type {kind!r:.80} is none of sentence-transformers' own")
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def mark_queries_only(folder: str | Path) -> None:

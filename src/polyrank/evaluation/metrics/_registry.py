@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 
 from ...core.registry import Registry
-from ._session import model_place
+from ._session import MODELS, model_place
 from .predictions import Prediction
 from .spice import corenlp_folder, spice_java
 
@@ -27,15 +27,16 @@ INSTALLED: dict[str, tuple[str, Callable[[], bool]]] = {
         lambda: find_spec("sentence_transformers") is not None,
     ),
     "sbert": (
-        "a sentence encoder: --model sbert=FOLDER (published figures: paraphrase-TinyBERT-L6-v2)",
+        f"a sentence encoder: --model sbert=FOLDER, or the hub id of published figures: {MODELS['sbert']}",
         lambda: model_place("sbert") is not None,
     ),
     "fluency": (
-        "FENSE's fluency detector: --model fluency=FOLDER, made by python -m polyrank.evaluation.metrics.fluency",
+        "FENSE's fluency detector, whose published checkpoint (echecker_clotho_audiocaps_base) is made into --model"
+        " fluency=FOLDER by python -m polyrank.evaluation.metrics.fluency",
         lambda: model_place("fluency") is not None,
     ),
     "bertscore": (
-        "an encoder for BERTScore: --model bertscore=FOLDER (published figures: roberta-large)",
+        f"an encoder: --model bertscore=FOLDER, or the hub id of published figures: {MODELS['bertscore']}",
         lambda: model_place("bertscore") is not None,
     ),
     "spice": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def evaluate(
     *,
     models: Mapping[str, str] | None = None,
     skipped: str | Path | None = None,
+    ids: Collection[str] | None = None,
     progress: bool = False,
 ) -> Evaluation:
     """Compute metrics of any predictions with K candidates and any number of references.
@@ -78,15 +79,18 @@ def evaluate(
             those that are computed on request only.
         models: kind -> folder or hub id, for the metrics that need one (see MODELS).
         skipped: file to list incomplete inputs in, one JSON object a line; they are left out. None: they are an error.
+        ids: only these inputs, which must all be there; others may be incomplete.
         progress: show a bar on standard error for slow metrics.
     Raises: DataError for broken predictions, or where a metric that was asked for by its own name lacks a field, a
         package, a program or a model; UnknownNameError for an unknown metric or kind of model.
     """
-    named, chosen = _chosen(metrics)
+    named, chosen = chosen_metrics(metrics)
     incomplete: list[Skipped] = []
-    records = read_predictions(source, None if skipped is None else incomplete)
+    records = read_predictions(source, None if skipped is None and ids is None else incomplete)
     if skipped is not None:
         atomic_write(skipped, "".join(json.dumps(asdict(item), ensure_ascii=False) + "\n" for item in incomplete))
+    if ids is not None:
+        records = _only(records, ids, source)
     result = _counts(records)
     folder = predictions_file(source).parent / FOLDER if isinstance(source, str | Path) else None
     with session(models, folder, progress):
@@ -96,6 +100,15 @@ def evaluate(
                 raise DataError(f"metric {name!r} needs {lacks}")
         result |= {entry.name: entry.compute(records) for entry in chosen if entry.name not in lacking}
     return Evaluation(result, {} if metrics is None else lacking, incomplete)
+
+
+def _only(records: Sequence[Prediction], ids: Collection[str], source: object) -> list[Prediction]:
+    kept = [record for record in records if record.id in ids]
+    if not kept or len(kept) < len(ids):
+        missing = sorted(set(ids) - {record.id for record in kept})
+        name = source if isinstance(source, str | Path) else "records"
+        raise DataError(f"{name}: {len(missing)} of {len(ids)} inputs are missing or incomplete (first: {missing[:1]})")
+    return kept
 
 
 def _counts(records: Sequence[Prediction]) -> dict[str, Value]:
@@ -119,7 +132,7 @@ def evaluate_predictions(
     return evaluate(source, metrics, **options).figures
 
 
-def _chosen(metrics: Sequence[str] | None) -> tuple[set[str], list[Metric]]:
+def chosen_metrics(metrics: Sequence[str] | None) -> tuple[set[str], list[Metric]]:
     """The metrics asked for by their own names, and all metrics to compute, in order."""
     if metrics is None:
         return set(), [entry for _, entry in METRICS.items() if not entry.on_request]

@@ -34,7 +34,7 @@ def win_share_figure(panels: Sequence[tuple[str, Mapping[str, Sequence[float]]]]
         panel.set_title(title, fontsize=9)
         panel.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("share of references won")
-    axes[-1].legend(fontsize=7, frameon=False, loc="upper right")
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=8, frameon=False, loc="outside lower center", ncols=4)
     return _png(figure)
 
 

@@ -137,3 +137,10 @@ def place(models_folder, tmp_path, monkeypatch):
         record = new_record("e2e", "run", {"bleu": Metric("%", "higher")}, [row])
         write_record(record, tmp_path / "results" / f"{seed}.json")
     return tmp_path
+
+
+@pytest.fixture
+def interruptible():
+    """Begin of a command line that takes Ctrl-C: a shell's background jobs ignore it, and so do the tests' children."""
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    return [sys.executable, "-c", f"{code} from polyrank.cli import main; sys.exit(main())"]

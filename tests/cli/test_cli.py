@@ -279,8 +279,8 @@ def test_progress_and_results_are_apart(place):
     assert "running in runs/markov/setup/" in done.stderr
 
 
-def test_a_run_that_is_interrupted_ends_at_once_and_goes_on(place):
-    command = [sys.executable, "-m", "polyrank", "run", "recipe=markov/setup", "num_steps=3000", "run_name=long"]
+def test_a_run_that_is_interrupted_ends_at_once_and_goes_on(place, interruptible):
+    command = [*interruptible, "run", "recipe=markov/setup", "num_steps=3000", "run_name=long"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=place)
     run_dir = place / "runs" / "markov" / "setup" / "long"
     deadline = time.monotonic() + 120

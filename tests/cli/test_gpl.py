@@ -7,7 +7,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -242,8 +241,8 @@ def test_run_is_the_recipe_gpl(polyrank, place, monkeypatch):
 
 
 @pytest.mark.slow
-def test_serve_answers_until_ctrl_c(indexed):
-    command = [sys.executable, "-m", "polyrank", "gpl", "serve", "--index", "index", "--port", "0"]
+def test_serve_answers_until_ctrl_c(indexed, interruptible):
+    command = [*interruptible, "gpl", "serve", "--index", "index", "--port", "0"]
     with open("out.txt", "w") as out, open("err.txt", "w") as err:
         process = subprocess.Popen(command, stdout=out, stderr=err)
         try:

@@ -235,7 +235,7 @@ def _is_full_disk(error: BaseException | None, folder: Path) -> bool:
             return True
         if any(text in str(error) for text in ("os error 28", "No space left on device")):
             return True
-        if "PytorchStreamWriter failed" in str(error):  # torch says so of any failure to write
+        if any(text in str(error) for text in ("PytorchStreamWriter failed", "inline_container.cc")):  # any failure
             return folder.exists() and shutil.disk_usage(folder).free < 1 << 20
         error = error.__cause__ or error.__context__
     return False

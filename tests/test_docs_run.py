@@ -27,9 +27,6 @@ HUB = {
     "sentence-transformers/all-MiniLM-L6-v2": "encoder",
     "models/paraphrase-TinyBERT-L6-v2": "encoder",
 }
-NOT_RUN = {}
-"""Block -> why; docs/testing.md lists them too."""
-
 FILLED_IN = {
     "docs/decoding.md": {"processor(...)": "processor(text=prompts)"},
     "docs/methods/ba-lora.md": {'"pissa", ...)': '"pissa", r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")'},
@@ -247,9 +244,7 @@ def make_files(hub, folder):
 
 
 @pytest.mark.parametrize(("page", "text"), blocks())
-def test_python_blocks_run(hub, small, page, text, request):
-    if request.node.callspec.id in NOT_RUN:
-        pytest.skip(NOT_RUN[request.node.callspec.id])
+def test_python_blocks_run(hub, small, page, text):
     if "gpl" in page:
         pytest.importorskip("faiss")
     make_files(hub, small)

@@ -339,7 +339,7 @@ def test_truncation_with_the_papers_scale():
 
     A component b_q a_q weighs alpha / b, so that no factors are right for two ranks at once: 1.1, 3.1 and 6.6 times
     the best loss at b = 1, 2, 3, where LoRA cut to b has 2.9, 7.3 and 11.8 times (the better of its two scales). This
-    is the least sum over b that any factors have, so longer training would not help.
+    is the least sum over b that L-BFGS finds from six starts: longer training would not help.
     """
     model, target = fit(DyloraConfig)
     ours = losses(model, target)

@@ -48,7 +48,7 @@ def built(tool, tmp_path_factory):
 def sources():
     """Every file of the package, as a path below src/."""
     found = (path.relative_to(ROOT / "src") for path in (ROOT / "src" / "polyrank").rglob("*") if path.is_file())
-    return {path.as_posix() for path in found if "__pycache__" not in path.parts}
+    return {path.as_posix() for path in found if "__pycache__" not in path.parts} | {"polyrank_launcher.py"}
 
 
 def test_the_wheel_has_every_file_of_the_package_and_no_other(built):
@@ -65,7 +65,7 @@ def test_the_wheel_has_every_file_of_the_package_and_no_other(built):
 def test_the_sdist_has_what_a_build_needs_and_no_tests_or_data(built):
     with tarfile.open(built[1]) as sdist:
         names = {name.split("/", 1)[1] for name in sdist.getnames() if "/" in name}
-    files = {name.removeprefix("src/") for name in names if name.startswith("src/polyrank/")}
+    files = {name.removeprefix("src/") for name in names if name.startswith(("src/polyrank/", "src/polyrank_launcher"))}
     assert sources() <= files
     assert {"pyproject.toml", "README.md", "LICENSE"} <= names
     assert {name.split("/")[0] for name in names} <= {
@@ -78,7 +78,7 @@ def test_the_metadata_says_what_pip_and_an_index_ask(built, tool):
         (name,) = (name for name in wheel.namelist() if name.endswith("METADATA"))
         (points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
         metadata = message_from_string(wheel.read(name).decode())
-        assert "polyrank = polyrank.cli:main" in wheel.read(points).decode()
+        assert "polyrank = polyrank_launcher:main" in wheel.read(points).decode()
     assert metadata["License-Expression"] == "Apache-2.0"
     assert metadata["Requires-Python"] == ">=3.10"
     assert {f"Programming Language :: Python :: 3.{minor}" for minor in (10, 11, 12, 13)} <= set(

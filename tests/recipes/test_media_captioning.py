@@ -157,23 +157,72 @@ def test_the_published_rows(kind):
     assert not {"dense", "sparse", "mcl"} & lists["mle"].keys()
 
 
+def validated(clotho, runs_dir, *more):
+    """The audio recipe, with a validation after every epoch of two steps."""
+    kept = [
+        text for text in audio(clotho, runs_dir) if text != "num_steps=3" and not text.startswith("data.validation")
+    ]
+    return [*kept, "num_steps=null", "data.validation=clotho_captions_evaluation.csv",
+            "data.audio.validation=evaluation", *more]  # fmt: skip
+
+
 @pytest.mark.parametrize("method", ["mle", "mcl"])
 def test_validation_after_every_epoch_keeps_the_best(clotho, tmp_path, method):
-    more = ["patience=1", "num_steps=null", "num_epochs=3", "learning_rate=0.5", "max_grad_norm=0.0"]
-    more += ["data.validation=clotho_captions_evaluation.csv", "data.audio.validation=evaluation"]
-    done = run_recipe(
-        [
-            t
-            for t in audio(clotho, tmp_path, f"method={method}")
-            if t != "num_steps=3" and not t.startswith("data.validation")
-        ]
-        + more
-    )
+    more = ["patience=1", "num_epochs=3", "learning_rate=0.5", "max_grad_norm=0.0", f"method={method}"]
+    done = run_recipe(validated(clotho, tmp_path, *more))
     lines = read_json_lines(done.run_dir / "metrics.jsonl")
     losses = [line["eval_loss"] for line in lines if "eval_loss" in line]
     assert 2 <= len(losses) <= 3
     row = read_record(done.run_dir / "result.json").rows[0]
     assert np.isfinite(row.figures["oracle_nll"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["mle", "mcl"])
+def test_a_run_stopped_early_resumes_wherever_it_was_killed(clotho, tmp_path, monkeypatch, method):
+    """After one of its checkpoints, the last of them, and between that and the end: the count of epochs that were no
+    better goes on, no step is trained beyond the stop, and the best adapter is the same to the bit."""
+    import transformers
+
+    from polyrank.recipes import _caption_training
+
+    more = ["patience=2", "num_epochs=9", "learning_rate=0.1", "max_grad_norm=0.0", f"method={method}"]
+    saves = []
+    save = transformers.Trainer._save_checkpoint
+
+    def count(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        saves.append(self.state.global_step)
+        if len(saves) == kill_after:
+            raise KeyboardInterrupt
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    def evaluations(run):
+        lines = [line for line in read_json_lines(run / "metrics.jsonl") if "eval_loss" in line]
+        return {line["step"]: line["eval_loss"] for line in lines}
+
+    monkeypatch.setattr(transformers.Trainer, "_save_checkpoint", count)
+    kill_after = None
+    whole = run_recipe(validated(clotho, tmp_path, *more)).run_dir
+    wanted, steps = load_file(whole / "adapter" / "adapter_model.safetensors"), sorted(set(saves))
+    assert 3 <= len(steps) < 9  # it stopped by itself, after an epoch that was better than the first
+    for point in [len(steps) - 1, len(steps), "at the end"][0 if method == "mle" else 2 :]:
+        saves.clear()
+        again = validated(clotho, tmp_path, *more, f"run_name=killed-{point}".replace(" ", "-"))
+        with monkeypatch.context() as patch:
+            kill_after = point
+            if point == "at the end":
+                patch.setattr(_caption_training, "atomic_write", killed)
+            with pytest.raises(KeyboardInterrupt):
+                run_recipe(again)
+        kill_after = None
+        run = run_recipe(again).run_dir
+        assert sorted(set(saves)) == steps, point
+        assert evaluations(run) == evaluations(whole), point
+        found = load_file(run / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items()), point
 
 
 @pytest.mark.parametrize("method", ["mle_wide", "mcl"])

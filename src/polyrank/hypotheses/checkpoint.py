@@ -98,17 +98,26 @@ def is_complete(folder: str | Path) -> bool:
 
 
 def stop_at_the_end(trainer: Any) -> None:
-    """Make a Trainer that is resumed from a checkpoint of its last step train no further.
+    """Make a Trainer that is resumed from a checkpoint of its last step train no further: the last of its steps, or the
+    one at which an EarlyStoppingCallback had seen enough (its count is in a checkpoint where TrainingArguments say
+    restore_callback_states_from_checkpoint).
 
-    transformers looks at the number of steps after a step alone: one that was killed between its last checkpoint and
-    its end would make one step too many.
+    transformers looks at either after a step alone: a run that was killed between its last checkpoint and its end would
+    train further.
     """
+    from transformers import EarlyStoppingCallback
+
     run_epoch = getattr(trainer, "_run_epoch", None)
     if run_epoch is None:
         return
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        if 0 < trainer.state.max_steps <= trainer.state.global_step:
+        stopped = any(
+            isinstance(callback, EarlyStoppingCallback)
+            and callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in trainer.callback_handler.callbacks
+        )
+        if stopped or 0 < trainer.state.max_steps <= trainer.state.global_step:
             trainer.control.should_training_stop = True
             return None
         return run_epoch(*args, **kwargs)

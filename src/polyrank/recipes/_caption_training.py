@@ -146,7 +146,12 @@ def _arguments(plan: CaptionSettings, num_rows: int, folder: Path, seed: int, va
     if plan.schedule == "cosine" and plan.last_rate:
         schedule, kwargs = "cosine_with_min_lr", {"min_lr_rate": plan.last_rate}  # type: ignore[assignment]
     every = (
-        {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True}
+        {
+            "eval_strategy": "epoch",
+            "save_strategy": "epoch",
+            "load_best_model_at_end": True,
+            "restore_callback_states_from_checkpoint": True,
+        }
         if validate
         else {"save_strategy": "steps", "save_steps": plan.save_every}
     )

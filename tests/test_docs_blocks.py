@@ -27,7 +27,7 @@ def commands(page):
     text = page.read_text()
     for language, block in blocks(page):
         if language in ("", "sh"):
-            yield from (line for line in re.sub(r"\\\n\s*", " ", block).splitlines() if line.startswith("polyrank "))
+            yield from (line for line in re.sub(r"\s*\\\n\s*", " ", block).splitlines() if line.startswith("polyrank "))
     outside = re.sub(r"^```.*?^```", "", text, flags=re.S | re.M)
     yield from (" ".join(found.split()) for found in re.findall(r"`(polyrank [^`]+)`", outside))
 

@@ -204,6 +204,15 @@ def test_every_mistake_is_one_line(config_dir, overrides, message):
     assert not Path("runs").exists()
 
 
+def test_a_list_that_another_value_would_override_is_refused(config_dir):
+    for more in (["num_steps=1,2", "num_steps=3"], ["num_steps=3", "num_steps=1,2"], ["num_steps=1,2"] * 2):
+        with pytest.raises(ConfigError, match="'num_steps' is given twice: 'num_steps=1,2' and 'num_steps="):
+            run_sweep(["recipe=count", *more], config_dir=config_dir)
+    assert (
+        result(run_recipe(["recipe=count", "num_steps=3", "num_steps=2"], config_dir=config_dir).run_dir)["steps"] == 2
+    )
+
+
 def test_a_missing_value_can_be_given(config_dir):
     assert result(run_recipe(["recipe=needy", "num_steps=2"], config_dir=config_dir).run_dir)["steps"] == 2
 

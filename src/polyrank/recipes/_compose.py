@@ -68,7 +68,8 @@ def describe(file: Path) -> str:
 def check_overrides(overrides: Iterable[str], config_dir: Path | None = None, *, sweep: bool = False) -> list[str]:
     """The overrides as Hydra is to get them: recipe named, keys that only the recipe's dataclass knows marked as added.
 
-    Raises: ConfigError or UnknownNameError for the first that is malformed, unknown, or a list where one run was asked.
+    Raises: ConfigError or UnknownNameError for the first that is malformed, unknown, a list where one run was asked, or
+        a list that another value of the same key overrides.
     """
     from hydra.core.override_parser.types import OverrideType
 
@@ -85,6 +86,9 @@ def check_overrides(overrides: Iterable[str], config_dir: Path | None = None, *,
                 f" or brackets, [...], for one run with a list"
             )
         group = item.key_or_group
+        others = [other for other in parsed if other is not item and other.key_or_group == group]
+        if item.is_sweep_override() and others:  # the last would hold for every combination, and all would run
+            raise ConfigError(f"{group!r} is given twice: {item.input_line!r} and {others[0].input_line!r}")
         if group in known_groups:
             for choice in _choices(item):
                 if choice is not None and str(choice) not in options(group, config_dir):

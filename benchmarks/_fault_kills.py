@@ -8,6 +8,8 @@ Three kinds of point, spread over a system's draw:
     step   from outside, some way into a drawn optimiser step
     any    from outside, at a drawn share of the whole command's processor time
 
+Every second run is killed a second time while it is being resumed: in its first save, or anywhere.
+
 Everything runs in children of one process that has imported all and computed nothing.
 """
 
@@ -63,22 +65,25 @@ class Shared:
 
 @dataclass(frozen=True)
 class Point:
-    """Where a run is to be killed. `number`: the save (from 1) or the step (from 1); `share`: of it, in [0, 1)."""
+    """Where a run is to be killed. `number`: the save (from 1) or the step (from 1); `share`: of it, in [0, 1);
+    `again`: where it is to be killed once more, counted from its second start."""
 
     kind: str
     number: int
     share: float
+    again: Point | None = None
 
 
 def draw(system: str, count: int, seed: int, saves: int) -> list[Point]:
-    """`count` points, two of five in a save, two in a step, one anywhere."""
-    chance = random.Random(f"{seed}-{system}")
+    """`count` points, two of five in a save, two in a step, one anywhere; every second with another after it."""
+    chance, second = random.Random(f"{seed}-{system}"), random.Random(f"{seed}-{system}-again")
     kinds = ["save", "step", "save", "step", "any"]
     points = []
     for i in range(count):
         kind = kinds[i % len(kinds)]
         number = chance.randint(1, {"save": saves, "step": STEPS, "any": 1}[kind])
-        points.append(Point(kind, number, chance.random()))
+        again = Point("save" if i % 4 == 1 else "any", 1, second.random()) if i % 2 else None
+        points.append(Point(kind, number, chance.random(), again))
     return points
 
 
@@ -258,23 +263,20 @@ def whole_run(system: str, inputs: Path, runs_dir: Path, shared: Shared) -> Whol
 
 
 def killed_run(system: str, inputs: Path, runs_dir: Path, shared: Shared, point: Point, whole: Whole) -> dict[str, Any]:
-    """Kill one run at the point, resume it, compare; returns what is recorded about it."""
+    """Kill one run at the point (and again, where the point says so), resume it, compare; returns what is recorded."""
     start = time.perf_counter()
     for attempt in range(5):
         shutil.rmtree(runs_dir, ignore_errors=True)
         runs_dir.mkdir(parents=True)
-        shared.clear()
-        operations = whole.operations[point.number - 1] if point.kind == "save" else 0
         now = replace(point, share=point.share * 0.8**attempt)  # it had ended before it was killed: a little earlier
-        child = fork(lambda now=now, n=operations: run(system, inputs, runs_dir, shared, now, n), runs_dir / "log")
-        if point.kind != "save":
-            _kill_from_outside(child, shared, now, whole)
-        if wait(child) == -signal.SIGKILL:
+        found = _kill(system, inputs, runs_dir, shared, now, whole)
+        if found["killed"]:
             break
     else:
-        return {"kind": point.kind, "killed": False}
-    found = {"kind": point.kind, "killed": True, "step": shared["step"], "during_save": bool(shared["in_save"])}
+        return found
     found["save"] = _save_name(shared["save"]) if shared["in_save"] else None
+    if point.again is not None:
+        found["again"] = _kill(system, inputs, runs_dir, shared, point.again, whole)
     found["seconds_to_kill"] = round(time.perf_counter() - start, 2)
     again = time.perf_counter()
     shared.clear()
@@ -285,6 +287,18 @@ def killed_run(system: str, inputs: Path, runs_dir: Path, shared: Shared, point:
     if status:
         found["last_line"] = (runs_dir / "log").read_text(errors="replace").strip().splitlines()[-1][:300]
     return found
+
+
+def _kill(system: str, inputs: Path, runs_dir: Path, shared: Shared, point: Point, whole: Whole) -> dict[str, Any]:
+    """Start the command and kill it at the point. Returns where it was; it may have ended before."""
+    shared.clear()
+    operations = whole.operations[point.number - 1] if point.kind == "save" else 0
+    child = fork(lambda: run(system, inputs, runs_dir, shared, point, operations), runs_dir / "log")
+    if point.kind != "save":
+        _kill_from_outside(child, shared, point, whole)
+    if wait(child) != -signal.SIGKILL:
+        return {"kind": point.kind, "killed": False}
+    return {"kind": point.kind, "killed": True, "step": shared["step"], "during_save": bool(shared["in_save"])}
 
 
 def _kill_from_outside(child: int, shared: Shared, point: Point, whole: Whole) -> None:

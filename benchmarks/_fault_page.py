@@ -45,13 +45,14 @@ def _kills(section: Mapping[str, Any]) -> str:
                 f"{sum(saves.values())} ({_counted(saves)})",
                 f"{len(in_step)} (steps {', '.join(map(str, sorted(in_step)))})",
                 elsewhere,
+                sum(kill.get("again", {}).get("killed", False) for kill in hit),
                 sum(kill["resumed_status"] == 0 for kill in hit),
                 sum(not kill["differences"] for kill in hit),
                 sum(not kill["left_over"] for kill in hit),
             ]
         )
-    head = ["", "kills", "in a save", "in a step", "elsewhere", "resumed", "bit-identical", "no file left over"]
-    return _table(head, lines)
+    head = ["", "kills", "in a save", "in a step", "elsewhere", "killed again", "resumed", "bit-identical"]
+    return _table([*head, "no file left over"], lines)
 
 
 def _ranks(section: Mapping[str, Any]) -> str:

@@ -33,7 +33,7 @@ from polyrank.core.records import Metric, Record, Row, new_record, read_record, 
 
 ROOT = Path(__file__).parents[1]
 SECTIONS = ("kill_and_resume", "two_processes", "disk", "suites")
-POINTS, SEED = 20, 0
+POINTS, SEED = 40, 0
 SUITE_LIMIT_S = 7200
 METRICS = {
     "tried": Metric(),

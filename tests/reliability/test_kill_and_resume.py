@@ -44,6 +44,7 @@ def test_killed_and_resumed_is_the_run_that_was_not_killed(campaign, system):
     assert inside["killed"], inside
     assert inside["during_save"], inside
     assert between["killed"], between  # from outside: on a slow machine it may fall into a save, too
+    assert between["again"]["kind"] == "save"
     assert inside["differences"] == between["differences"] == [], campaign["kill_and_resume"][system]
 
 
@@ -136,6 +137,7 @@ def test_the_draw_is_that_of_its_seed_and_hits_saves():
     assert points != draw("mcl", 20, 1, 6)
     assert [point.kind for point in points].count("save") == 8
     assert {point.number for point in points if point.kind == "save"} <= set(range(1, 7))
+    assert [point.again.kind for point in points if point.again] == ["save", "any"] * 5
 
 
 def test_the_page_shows_the_figures_of_the_result_file():

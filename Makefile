@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 WORKERS ?= 2
 
-.PHONY: demo test install lint types imports axe unit faults clean
+.PHONY: demo test install lint types imports axe unit faults audit clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -44,6 +44,12 @@ unit: install axe
 
 faults: install
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) benchmarks/faults.py --page
+
+# known vulnerabilities of the pinned versions; asks a service on the network
+audit: install
+	$(PY) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install -q pip-audit
+	$(VENV)/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt $(AUDIT)
 
 clean:
 	rm -rf $(VENV) runs multirun outputs .mypy_cache .ruff_cache

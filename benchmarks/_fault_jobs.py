@@ -45,7 +45,7 @@ def import_everything() -> None:
     import polyrank.training.memory  # noqa: F401
     from polyrank import MclTrainer  # noqa: F401
     from polyrank.core.provenance import code_state
-    from polyrank.recipes._compose import check_overrides, compose
+    from polyrank.recipes._frame.compose import check_overrides, compose
     from polyrank.retrieval import lexical  # noqa: F401
 
     torch.set_num_threads(1)
@@ -64,8 +64,8 @@ def make_inputs(folder: Path) -> None:
     """A GPT-2 of width 16 with its tokenizer, 16 training pairs, an encoder of width 64, and 48 documents."""
     import torch
 
-    from polyrank.recipes._scratch_model import build_model, build_tokenizer
-    from polyrank.recipes._text_config import Scratch
+    from polyrank.recipes._text.config import Scratch
+    from polyrank.recipes._text.scratch_model import build_model, build_tokenizer
     from polyrank.retrieval.corpus import Document, write_beir
 
     names, kinds = ["Aromi", "Blue Spice", "The Mill", "Zizzi"], ["pub", "cafe"]
@@ -120,9 +120,9 @@ def final_save(system: str) -> tuple[object, str]:
 
         return PeftModel, "save_pretrained"
     if system == "lsr":
-        from polyrank.recipes import _text_training
+        from polyrank.recipes._text import training as _text_training
 
         return _text_training, "save_adapter"
-    from polyrank.recipes import _gpl_training
+    from polyrank.recipes._gpl import training as _gpl_training
 
     return _gpl_training, "save_weights"

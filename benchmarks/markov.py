@@ -26,8 +26,8 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 from polyrank.core.records import Metric, Row, new_record, write_record
 from polyrank.data.markov import MarkovDataset
-from polyrank.recipes._markov_model import TARGETS, MarkovConfig
-from polyrank.recipes._markov_training import ArmTraining, train
+from polyrank.recipes._markov.model import TARGETS, MarkovConfig
+from polyrank.recipes._markov.training import ArmTraining, train
 
 from ._measure import interleaved
 

@@ -23,11 +23,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 import polyrank  # noqa: F401  registers the adapter methods
 from polyrank.core.records import Metric, Row, new_record, write_record
-from polyrank.recipes._compose import check_overrides, compose
-from polyrank.recipes._glue_adapters import adapter_config, matched_method
-from polyrank.recipes._method import MethodEntry
-from polyrank.recipes._method_parts import initialise, optimizer_arguments, trainer_class
-from polyrank.recipes._model_preparation import Place, base_trainer, prepare
+from polyrank.recipes._frame.compose import check_overrides, compose
+from polyrank.recipes._methods.budget import adapter_config, matched_method
+from polyrank.recipes._methods.entry import MethodEntry
+from polyrank.recipes._methods.parts import initialise, optimizer_arguments, trainer_class
+from polyrank.recipes._methods.preparation import Place, base_trainer, prepare
 from polyrank.training.memory import resident_bytes
 
 METRICS = {

@@ -69,3 +69,19 @@ def test_licences_are_what_the_packages_say():
             assert "GPL" not in said, package
     assert wrong == []
     assert seen > 25
+
+
+def test_the_versions_of_the_page_on_vulnerabilities_are_those_asked_for():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    asked = {}
+    for one in [*project["dependencies"], *(p for group in project["optional-dependencies"].values() for p in group)]:
+        asked.setdefault(plain(one), set()).update(re.findall(r">=([\d.]+)", one))
+    pins = (ROOT / "constraints.txt").read_text().splitlines()
+    page = (ROOT / "docs" / "vulnerabilities.md").read_text()
+    pinned, bounds = page.split("## The lower bounds")
+    shown = re.findall(r"^\| ([\w-]+) ([\d.]+) \|", pinned, re.M)
+    assert len(shown) == 7
+    assert all(f"{name}=={version}" in pins for name, version in shown)
+    rows = re.findall(r"^\| ([\w-]+) \| ([\d.]+) \|", bounds, re.M)
+    assert len(rows) == 12
+    assert [name for name, version in rows if asked[name] != {version}] == []

@@ -87,7 +87,7 @@ def test_the_metadata_says_what_pip_and_an_index_ask(built, tool):
     assert metadata["Keywords"]
     tools = tool("distributions")
     bounds = tools.lower_bounds(built[0])
-    assert {"torch==2.8", "peft==0.21.0"} <= set(bounds)
+    assert {"torch==2.10", "peft==0.21.0"} <= set(bounds)
     assert len(bounds) == len(tools.requirements(built[0]))
 
 
@@ -95,7 +95,7 @@ def test_an_oldest_environment_pins_every_lower_bound(built, tool):
     compatibility = tool("compatibility")
     environments = {one.name: one for one in compatibility.ENVIRONMENTS}
     oldest = compatibility.install_command(environments["oldest"], "python", built[0].parent, ["wheels"])
-    assert {"torch==2.8", "peft==0.21.0", str(built[0])} <= set(oldest)
+    assert {"torch==2.10", "peft==0.21.0", str(built[0])} <= set(oldest)
     assert "-c" not in oldest
     others = compatibility.install_command(environments["oldest-hf"], "python", built[0].parent, [])
     assert [word for word in others if word.startswith("torch")] == ["torch==2.13.0"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from polyrank import cli
-from polyrank.recipes._compose import check_overrides, compose
+from polyrank.recipes._frame.compose import check_overrides, compose
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

@@ -151,8 +151,8 @@ def make_text_models(folder):
     """A GPT-2 and a Llama of width 16 over one tokenizer, and a RoBERTa."""
     import transformers as hf
 
-    from polyrank.recipes._scratch_model import build_model, build_tokenizer
-    from polyrank.recipes._text_config import Scratch
+    from polyrank.recipes._text.config import Scratch
+    from polyrank.recipes._text.scratch_model import build_model, build_tokenizer
 
     texts = ["name[Aromi], eatType[pub]\nAromi is a pub.", "How many eggs? #### 3 a dog runs\nein Hund rennt ."]
     tokenizer = build_tokenizer(texts, 300)
@@ -460,7 +460,7 @@ def test_sizes_and_stand_ins_are_of_lines_that_are_there():
 def test_makes_targets_exist():
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
     asked = {line.split()[1] for _, line in LINES if line.startswith("make ")}
-    assert asked == {"demo", "test", "faults"}
+    assert asked == {"demo", "test", "faults", "audit"}
     assert asked <= targets
 
 

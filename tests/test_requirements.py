@@ -33,8 +33,8 @@ def installed(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "found", "supported"),
-    [("torch", "2.7.1", ">=2.8"), ("transformers", "4.57.6", ">=5.0"), ("peft", "0.22.0", "<0.22,>=0.21.0"),
-     ("peft", "0.20.0", "<0.22,>=0.21.0"), ("peft", "0.22.0.dev0", "<0.22,>=0.21.0"), ("torch", "unknown", ">=2.8")],
+    [("torch", "2.7.1", ">=2.10"), ("transformers", "4.57.6", ">=5.10"), ("peft", "0.22.0", "<0.22,>=0.21.0"),
+     ("peft", "0.20.0", "<0.22,>=0.21.0"), ("peft", "0.22.0.dev0", "<0.22,>=0.21.0"), ("torch", "unknown", ">=2.10")],
 )  # fmt: skip
 def test_a_version_outside_is_refused_in_one_line(installed, name, found, supported):
     installed(**{name: found})
@@ -45,7 +45,7 @@ def test_a_version_outside_is_refused_in_one_line(installed, name, found, suppor
 
 @pytest.mark.parametrize(
     ("name", "found"),
-    [("torch", "2.8.0"), ("torch", "2.8.0a0+5228986c39.nv25.06"), ("torch", "2.13.0+cpu"), ("peft", "0.21.9")],
+    [("torch", "2.10.0"), ("torch", "2.10.0a0+b558c98.nv25.11"), ("torch", "2.13.0+cpu"), ("peft", "0.21.9")],
 )
 def test_a_version_inside_is_taken(installed, name, found):
     installed(**{name: found})
@@ -70,7 +70,7 @@ def test_import_says_all_that_is_wrong_and_loads_nothing_first(run_program, tmp_
     done = run_program([sys.executable, "-c", FAKE], tmp_path, 120)
     first, second, *_ = done.stdout.splitlines()
     assert first == (
-        "VersionError polyrank supports torch>=2.8, found 2.7.1; peft<0.22,>=0.21.0, found 0.22.0"
-        " (pip install 'torch>=2.8' 'peft<0.22,>=0.21.0')"
+        "VersionError polyrank supports torch>=2.10, found 2.7.1; peft<0.22,>=0.21.0, found 0.22.0"
+        " (pip install 'torch>=2.10' 'peft<0.22,>=0.21.0')"
     )
     assert second == "[]"

@@ -51,7 +51,7 @@ def requirements(wheel: Path) -> list[str]:
 
 
 def lower_bounds(wheel: Path) -> list[str]:
-    """The oldest versions that the wheel says it works with: "torch>=2.8" -> "torch==2.8"."""
+    """The oldest versions that the wheel says it works with: "torch>=2.10" -> "torch==2.10"."""
     from packaging.requirements import Requirement
 
     found = []

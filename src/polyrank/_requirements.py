@@ -1,7 +1,7 @@
 """Held when polyrank is imported, before torch and PEFT are: installed packages lie in the ranges that it declares.
 
 The ranges are those of the package's own metadata (pyproject.toml), so that they stand in one place. A package that is
-absent is left to its own import; a pre-release or vendor build (2.8.0a0+nv25.06) counts as the version it leads to.
+absent is left to its own import; a pre-release or vendor build (2.10.0a0+nv25.11) counts as the version it leads to.
 """
 
 from __future__ import annotations

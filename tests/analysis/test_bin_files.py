@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from polyrank.analysis.bin_files import convert_bin, converted, read_bin
 from polyrank.analysis.inspect import inspect_adapter, low_rank_spectrum
 from polyrank.core.errors import CheckpointError, ConfigError
-from polyrank.recipes._inspection import inspect
+from polyrank.recipes._commands.inspection import inspect
 
 
 def real_file():

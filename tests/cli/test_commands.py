@@ -12,7 +12,7 @@ import pytest
 
 from polyrank.cli import COMMANDS
 from polyrank.core.errors import ConfigError
-from polyrank.recipes._compose import check_overrides, options
+from polyrank.recipes._frame.compose import check_overrides, options
 
 JSON = [
     "run recipe=markov/setup --cfg job --json",
@@ -66,8 +66,8 @@ def misspelt(name):
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_misspelt_field_of_any_recipe_has_its_nearest_name(recipe):
-    from polyrank.recipes._compose import _compose, _field_keys
-    from polyrank.recipes._registry import config_class, get_recipe
+    from polyrank.recipes._frame.compose import _compose, _field_keys
+    from polyrank.recipes._frame.registry import config_class, get_recipe
 
     name = _compose([f"recipe={recipe}"], None)["recipe"]
     keys = [

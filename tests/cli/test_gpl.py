@@ -142,8 +142,8 @@ def test_evaluate_again_encodes_nothing_and_checkpoints_give_a_plot(polyrank, pl
     def never(*args, **options):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("polyrank.recipes._gpl_evaluation.encode_corpus", never)
-    monkeypatch.setattr("polyrank.recipes._gpl_search.encode_corpus", never)
+    monkeypatch.setattr("polyrank.recipes._gpl.evaluation.encode_corpus", never)
+    monkeypatch.setattr("polyrank.recipes._gpl.search.encode_corpus", never)
     cut = next(Path("out/rankings").glob("r2-checkpoint-10-*"))
     again = polyrank(line)
     assert again.status == 0, again.err

@@ -2,7 +2,7 @@
 
 import pytest
 
-from polyrank.recipes._scratch_model import build_tokenizer
+from polyrank.recipes._text.scratch_model import build_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ from polyrank.compression.loram import (
     save_pruned,
 )
 from polyrank.core.errors import CheckpointError, ConfigError, DataError
-from polyrank.recipes._loram_alignment import LoramOptions, text_rows
+from polyrank.recipes._methods.loram_alignment import LoramOptions, text_rows
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 8}
 ENDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

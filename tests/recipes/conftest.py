@@ -11,7 +11,7 @@ import pytest
 
 from polyrank.core.errors import ConfigError
 from polyrank.core.files import append_json_line, atomic_write, read_json_lines
-from polyrank.recipes._registry import recipes
+from polyrank.recipes._frame.registry import recipes
 
 
 @dataclass

@@ -7,8 +7,8 @@ import pytest
 from polyrank.core.errors import DataError
 from polyrank.core.files import read_json_lines
 from polyrank.core.records import read_record
-from polyrank.recipes._caption_bilingual import BilingualData, bilingual_parts
-from polyrank.recipes._caption_languages import LanguageGuess, of_language, win_shares_by_language, written_shares
+from polyrank.recipes._captions.bilingual import BilingualData, bilingual_parts
+from polyrank.recipes._captions.languages import LanguageGuess, of_language, win_shares_by_language, written_shares
 from polyrank.recipes.run import run_recipe
 
 THINGS = [("dog", "Hund"), ("cat", "Katze"), ("car", "Auto"), ("boat", "Boot"), ("tree", "Baum")]

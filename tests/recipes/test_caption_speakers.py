@@ -5,7 +5,7 @@ import json
 import pytest
 
 from polyrank.core.errors import ConfigError
-from polyrank.recipes._caption_speakers import speaker_scores, vectors_of
+from polyrank.recipes._captions.speakers import speaker_scores, vectors_of
 
 ENGLISH = ["a dog runs on the beach", "two men play chess", "rain falls on a roof", "a red car stops", "the bird sings"]
 GERMAN = ["ein Hund rennt am Strand", "zwei Männer spielen Schach", "Regen fällt auf ein Dach", "ein rotes Auto hält",

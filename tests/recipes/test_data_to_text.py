@@ -10,10 +10,11 @@ from polyrank.core.errors import ConfigError, DataError
 from polyrank.core.records import read_record
 from polyrank.data.causal_lm import EncodedPairs, TextPair, encode_pairs
 from polyrank.evaluation.metrics import read_predictions
-from polyrank.recipes import _text_training, data_to_text
-from polyrank.recipes._compose import check_overrides, compose
-from polyrank.recipes._scratch_model import build_model, build_tokenizer
-from polyrank.recipes._text_config import Optimization, Scratch
+from polyrank.recipes import data_to_text
+from polyrank.recipes._frame.compose import check_overrides, compose
+from polyrank.recipes._text import training as _text_training
+from polyrank.recipes._text.config import Optimization, Scratch
+from polyrank.recipes._text.scratch_model import build_model, build_tokenizer
 from polyrank.recipes.run import run_recipe
 
 SMALL = Scratch(layers=1, heads=2, width=16, context=96, vocabulary=300, num_steps=2, batch_size=4)

@@ -13,7 +13,8 @@ from polyrank.core.errors import ConfigError, DataError
 from polyrank.core.records import read_record
 from polyrank.data.llama2c import Llama2cShape
 from polyrank.evaluation.metrics import read_predictions
-from polyrank.recipes import _e2e_training, e2e
+from polyrank.recipes import e2e
+from polyrank.recipes._e2e import training as _e2e_training
 from polyrank.recipes.run import run_recipe
 
 

@@ -10,9 +10,9 @@ import pytest
 from polyrank.core.errors import DataError
 from polyrank.core.records import Metric, Row, new_record, read_record, record_to_json
 from polyrank.evaluation.metrics import evaluate_predictions
-from polyrank.recipes import _evaluate_folder
-from polyrank.recipes._evaluate_folder import evaluate_folder, evaluate_folder_command, is_folder_of_runs
-from polyrank.recipes._run_folders import written_below
+from polyrank.recipes._commands import evaluate_folder as _evaluate_folder
+from polyrank.recipes._commands.evaluate_folder import evaluate_folder, evaluate_folder_command, is_folder_of_runs
+from polyrank.recipes._commands.run_folders import written_below
 
 REFERENCES = {"a": ["a dog barks loudly", "the dog barks"], "b": ["rain falls on a roof"], "c": ["two men talk"]}
 GOOD = {"a": ["a dog barks loudly", "the dog barks"], "b": ["rain falls on a roof", "rain"], "c": ["two men talk"] * 2}

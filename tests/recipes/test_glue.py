@@ -26,10 +26,10 @@ from polyrank.core.errors import ConfigError, DataError, UserError
 from polyrank.core.records import read_record
 from polyrank.data.glue import LabelledText, get_task, read_parts
 from polyrank.recipes import glue
-from polyrank.recipes._compose import check_overrides, compose, options
-from polyrank.recipes._glue_adapters import adapter_parameters, matched_method
-from polyrank.recipes._glue_training import encode, load_encoder, load_tokenizer, num_steps, positions, use_bf16
-from polyrank.recipes._sentence_head import ApartCollator
+from polyrank.recipes._frame.compose import check_overrides, compose, options
+from polyrank.recipes._glue.sentence_head import ApartCollator
+from polyrank.recipes._glue.training import encode, load_encoder, load_tokenizer, num_steps, positions, use_bf16
+from polyrank.recipes._methods.budget import adapter_parameters, matched_method
 from polyrank.recipes.run import run_recipe, run_sweep
 from polyrank.report import load_results
 

@@ -16,9 +16,9 @@ import torch
 
 from polyrank.core.errors import CheckpointError, ConfigError, DataError, RunError
 from polyrank.core.files import sha256
-from polyrank.recipes import _gpl_training
-from polyrank.recipes._gpl_config import GplConfig
-from polyrank.recipes._gpl_evaluation import describe, find_adapters
+from polyrank.recipes._gpl import training as _gpl_training
+from polyrank.recipes._gpl.config import GplConfig
+from polyrank.recipes._gpl.evaluation import describe, find_adapters
 from polyrank.recipes.gpl import run_gpl
 from polyrank.recipes.run import run_recipe
 from polyrank.retrieval import mine, teachers

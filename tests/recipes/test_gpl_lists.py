@@ -11,10 +11,10 @@ import torch
 
 from polyrank.core.errors import CheckpointError, ConfigError, DataError
 from polyrank.core.files import sha256
-from polyrank.recipes._gpl_config import GplConfig
-from polyrank.recipes._gpl_evaluation import evaluate_adapters
-from polyrank.recipes._gpl_lists import ListLoss, Lists
-from polyrank.recipes._gpl_search import index_corpus
+from polyrank.recipes._gpl.config import GplConfig
+from polyrank.recipes._gpl.evaluation import evaluate_adapters
+from polyrank.recipes._gpl.lists import ListLoss, Lists
+from polyrank.recipes._gpl.search import index_corpus
 from polyrank.recipes.gpl import run_gpl
 from polyrank.retrieval.corpus import Document, document_text, read_corpus, write_beir
 from polyrank.retrieval.dense import encode_corpus, encodes_queries_only, load_encoder
@@ -190,7 +190,7 @@ def test_full_fine_tuning_of_the_queries_side(tmp_path, corpus, encoder):
 
 
 def test_it_resumes_to_the_same_bytes(tmp_path, run, corpus, encoder, monkeypatch):
-    from polyrank.recipes import _gpl_training
+    from polyrank.recipes._gpl import training as _gpl_training
 
     real = _gpl_training.training_log
 

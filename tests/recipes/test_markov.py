@@ -13,9 +13,9 @@ from polyrank.core.errors import UserError
 from polyrank.core.records import read_record
 from polyrank.data.markov import MarkovDataset
 from polyrank.objectives import winner_weights
-from polyrank.recipes import _markov_training as training
-from polyrank.recipes._markov_model import build_base, build_model, predict, summarise
-from polyrank.recipes._markov_report import (
+from polyrank.recipes._markov import training as training
+from polyrank.recipes._markov.model import build_base, build_model, predict, summarise
+from polyrank.recipes._markov.report import (
     Theory,
     match_chains,
     matrix_errors,
@@ -278,7 +278,7 @@ def test_demo_returns_what_the_command_line_shows(tmp_path, monkeypatch, capsys)
 
 
 def test_recipes_compose():
-    from polyrank.recipes._compose import check_overrides, compose
+    from polyrank.recipes._frame.compose import check_overrides, compose
 
     for name, transitions, mode in (("transition1", [0.2, 0.9], "wta"), ("transition2", [0.7, 0.8], "relaxed-wta")):
         settings = compose(check_overrides([f"recipe=markov/{name}", "train_head=true"])).settings

@@ -9,9 +9,9 @@ from polyrank.core.errors import ConfigError, DataError
 from polyrank.core.records import read_record
 from polyrank.data.maths import PROMPT, TEST_PROMPT
 from polyrank.evaluation.metrics import read_predictions
-from polyrank.recipes._compose import check_overrides, compose
-from polyrank.recipes._scratch_model import build_model, build_tokenizer
-from polyrank.recipes._text_config import Scratch
+from polyrank.recipes._frame.compose import check_overrides, compose
+from polyrank.recipes._text.config import Scratch
+from polyrank.recipes._text.scratch_model import build_model, build_tokenizer
 from polyrank.recipes.run import run_recipe
 
 

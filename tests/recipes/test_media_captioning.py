@@ -14,7 +14,7 @@ from polyrank.core.errors import ConfigError, DataError
 from polyrank.core.files import read_json_lines
 from polyrank.core.records import read_record
 from polyrank.evaluation.metrics import read_predictions
-from polyrank.recipes._caption_media import CaptionRows, MediaCoder, MediaExample, caption_nll, clean_caption
+from polyrank.recipes._captions.media import CaptionRows, MediaCoder, MediaExample, caption_nll, clean_caption
 from polyrank.recipes.run import run_recipe
 
 soundfile = pytest.importorskip("soundfile")
@@ -115,7 +115,7 @@ def test_every_row_of_the_audio_table_has_k_candidates_at_its_budget(clotho, tmp
 @pytest.mark.slow
 def test_every_row_of_the_image_table_has_k_candidates_at_its_budget(photos, tmp_path, monkeypatch):
     """And who wrote what, where the k-th candidate is expert k's: vectors that give the writer away."""
-    from polyrank.recipes import _caption_speakers
+    from polyrank.recipes._captions import speakers as _caption_speakers
 
     def vectors(candidates, encoder):
         assert encoder == "tfidf"
@@ -137,7 +137,7 @@ def test_every_row_of_the_image_table_has_k_candidates_at_its_budget(photos, tmp
 @pytest.mark.parametrize("kind", ["audio", "image"])
 def test_the_published_rows(kind):
     """Every decoding of the comparison, at beams 1, 2, 5 (sound) and 1, 2 (images); names tell what they are."""
-    from polyrank.recipes._compose import check_overrides, compose
+    from polyrank.recipes._frame.compose import check_overrides, compose
 
     lists = {}
     for method in ("mle", "moe", "mcl"):
@@ -184,7 +184,7 @@ def test_a_run_stopped_early_resumes_wherever_it_was_killed(clotho, tmp_path, mo
     better goes on, no step is trained beyond the stop, and the best adapter is the same to the bit."""
     import transformers
 
-    from polyrank.recipes import _caption_training
+    from polyrank.recipes._captions import training as _caption_training
 
     more = ["patience=2", "num_epochs=9", "learning_rate=0.1", "max_grad_norm=0.0", f"method={method}"]
     saves = []
@@ -238,7 +238,7 @@ def test_images_from_files_to_result(photos, tmp_path, method):
 
 
 def test_an_interrupted_evaluation_decodes_what_is_missing_alone(photos, tmp_path, monkeypatch):
-    from polyrank.recipes import _caption_media
+    from polyrank.recipes._captions import media as _caption_media
 
     done = run_recipe(image(photos, tmp_path, "decode_batch_size=1"))
     path = done.run_dir / "predictions.jsonl"
@@ -339,8 +339,8 @@ def test_one_caption_an_epoch_is_drawn_anew_and_the_same_after_a_resume():
 
 def test_rows_of_a_batch_are_what_each_is_alone():
     """Padding changes nothing: loss and NLL of a row are those of a batch with that row only, and of a plain loop."""
-    from polyrank.recipes._caption_small_media import AUDIO, SmallMedia, qwen2_audio
-    from polyrank.recipes._scratch_model import build_tokenizer
+    from polyrank.recipes._captions.small_media import AUDIO, SmallMedia, qwen2_audio
+    from polyrank.recipes._text.scratch_model import build_tokenizer
 
     prompt = f"{AUDIO[1]}{AUDIO[0]}{AUDIO[2]}Caption: "
     tokenizer = build_tokenizer([prompt, "a dog barks", "rain"], 300)

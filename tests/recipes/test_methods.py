@@ -20,10 +20,10 @@ from polyrank.core.errors import ConfigError, DataError
 from polyrank.core.records import read_record
 from polyrank.data.causal_lm import encode_prompts, encode_targets
 from polyrank.recipes import glue, methods
-from polyrank.recipes._compose import check_overrides, compose
-from polyrank.recipes._method_parts import Initialiser, LossChoice, OptimizerChoice
-from polyrank.recipes._scratch_model import build_model, build_tokenizer
-from polyrank.recipes._text_config import Scratch
+from polyrank.recipes._frame.compose import check_overrides, compose
+from polyrank.recipes._methods.parts import Initialiser, LossChoice, OptimizerChoice
+from polyrank.recipes._text.config import Scratch
+from polyrank.recipes._text.scratch_model import build_model, build_tokenizer
 from polyrank.recipes.run import run_recipe
 from polyrank.report import write_report
 

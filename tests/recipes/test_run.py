@@ -11,8 +11,8 @@ import yaml
 
 from polyrank.core.errors import ConfigError, RunError, UserError
 from polyrank.recipes import run as frame
-from polyrank.recipes._compose import check_overrides, compose, describe, options
-from polyrank.recipes._registry import recipes
+from polyrank.recipes._frame.compose import check_overrides, compose, describe, options
+from polyrank.recipes._frame.registry import recipes
 from polyrank.recipes.run import run_recipe, run_sweep
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertModel, BertTokenizerFast
 
-from polyrank.recipes._sentence_head import (
+from polyrank.recipes._glue.sentence_head import (
     ApartCollator,
     SentenceClassifier,
     encode_apart,

@@ -6,7 +6,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from polyrank.core.records import read_record
-from polyrank.recipes._compose import CONF
+from polyrank.recipes._frame.compose import CONF
 from polyrank.recipes.run import run_sweep
 
 submitit = pytest.importorskip("submitit", reason="hydra-submitit-launcher is not installed (polyrank[sweeps])")

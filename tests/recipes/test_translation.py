@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from polyrank.core.errors import ConfigError, DataError
 from polyrank.core.records import read_record
 from polyrank.evaluation.metrics import read_predictions
-from polyrank.recipes import _caption_run, _caption_training
+from polyrank.recipes._captions import run as _caption_run
+from polyrank.recipes._captions import training as _caption_training
 from polyrank.recipes.run import run_recipe
 
 WORDS = {"dog": "Hund", "cat": "Katze", "boy": "Junge", "runs": "rennt", "sleeps": "schläft", "eats": "isst"}

@@ -16,7 +16,7 @@ from torch import nn
 from polyrank.adapters import adapters
 from polyrank.core.claims import check_claims, hard_to_match
 from polyrank.core.errors import CheckpointError, ConfigError, UserError
-from polyrank.recipes import _saved
+from polyrank.recipes._commands import saved as _saved
 
 _spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile_files.py"))
 hostile = importlib.util.module_from_spec(_spec)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from polyrank.adapters._folders import inside, whole_folders
 from polyrank.analysis.adapter_files import open_adapter
 from polyrank.core.errors import CheckpointError, ConfigError, UserError
-from polyrank.recipes._compose import Composed
+from polyrank.recipes._frame.compose import Composed
 from polyrank.recipes.run import run_folder
 
 _spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile_files.py"))

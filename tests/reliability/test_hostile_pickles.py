@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model
 from polyrank import MclConfig, import_hypotheses
 from polyrank.analysis.adapter_files import open_adapter
 from polyrank.core.errors import CheckpointError, ConfigError
-from polyrank.recipes import _saved
+from polyrank.recipes._commands import saved as _saved
 
 _spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile_files.py"))
 hostile = importlib.util.module_from_spec(_spec)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from polyrank.core.errors import CheckpointError, ConfigError, UserError
-from polyrank.recipes._gpl_search import run_settings
-from polyrank.recipes._yaml_files import read_yaml
+from polyrank.recipes._frame.yaml_files import read_yaml
+from polyrank.recipes._gpl.search import run_settings
 
 _spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile_files.py"))
 hostile = importlib.util.module_from_spec(_spec)

@@ -90,7 +90,7 @@ def test_a_run_resumed_from_its_last_step_trains_no_further(tmp_path):
     import torch
     from transformers import Trainer, TrainingArguments
 
-    from polyrank.recipes._training_log import train_on, training_log
+    from polyrank.recipes._frame.training_log import train_on, training_log
 
     class Line(torch.nn.Module):
         def __init__(self):

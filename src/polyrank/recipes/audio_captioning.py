@@ -18,12 +18,12 @@ from ..data.audio import SAMPLE_RATE
 from ..data.audio_pack import AudioPack, Packed, pack, pack_name
 from ..data.clips import read_audiocaps, read_clotho
 from ..data.digits import read_digits
-from ._caption_media import MediaExample
-from ._caption_media_config import AudioConfig, AudioData, AudioTable
-from ._caption_media_task import media_task
-from ._caption_run import Task, run_in_processes, run_table
-from ._registry import recipes
-from ._text_training import chosen
+from ._captions.media import MediaExample
+from ._captions.media_config import AudioConfig, AudioData, AudioTable
+from ._captions.media_task import media_task
+from ._captions.run import Task, run_in_processes, run_table
+from ._frame.registry import recipes
+from ._text.training import chosen
 
 SUBSETS = {"clotho": {"train": "dev", "validation": "val", "test": "eval"}, "audiocaps": {"validation": "val"}}
 

@@ -41,7 +41,7 @@ def demo_command(args: Namespace) -> None:
 def run_command(args: Namespace) -> None:
     config_dir = Path(args.config_dir) if args.config_dir else None
     if args.cfg:
-        from ._compose import check_overrides, compose
+        from ._frame.compose import check_overrides, compose
         from .run import to_yaml
 
         config = compose(check_overrides(args.overrides, config_dir), config_dir).config
@@ -60,10 +60,10 @@ def run_command(args: Namespace) -> None:
 
 
 def list_command(args: Namespace) -> None:
-    from . import _catalogue
+    from ._commands import catalogue
 
     config_dir = Path(args.config_dir) if args.config_dir else None
-    entries = getattr(_catalogue, args.what)(config_dir)
+    entries = getattr(catalogue, args.what)(config_dir)
     if args.json:
         _print_json(entries)
     elif entries:
@@ -74,7 +74,7 @@ def list_command(args: Namespace) -> None:
 
 def evaluate_command(args: Namespace) -> None:
     from ..evaluation.metrics import METRICS, evaluate
-    from ._evaluate_folder import evaluate_folder_command, is_folder_of_runs
+    from ._commands.evaluate_folder import evaluate_folder_command, is_folder_of_runs
 
     if getattr(args, "out", None) is not None or is_folder_of_runs(args.source):
         return evaluate_folder_command(args)
@@ -110,7 +110,7 @@ def _models(given: Sequence[str]) -> dict[str, str]:
 def generate_command(args: Namespace) -> None:
     from ..data.causal_lm import prepare_tokenizer
     from ..evaluation.decoding import decode
-    from ._saved import find_adapter, load_adapter, load_tokenizer
+    from ._commands.saved import find_adapter, load_adapter, load_tokenizer
 
     saved = find_adapter(args.source, args.model)
     K = saved.num_hypotheses or 1
@@ -146,7 +146,7 @@ def generate_command(args: Namespace) -> None:
 
 
 def export_command(args: Namespace) -> None:
-    from ._saved import find_adapter, load_adapter
+    from ._commands.saved import find_adapter, load_adapter
 
     saved, out = find_adapter(args.source, args.model), _new_folder(args.out)
     if saved.num_hypotheses:
@@ -164,7 +164,7 @@ def export_command(args: Namespace) -> None:
 def _as_lora(saved: Any, folder: Path, rank: int | None) -> Path:
     from peft import save_as_lora
 
-    from ._saved import load_adapter
+    from ._commands.saved import load_adapter
 
     if saved.method == "LORA":
         raise ConfigError(f"{saved.folder} is an ordinary LoRA already")
@@ -178,7 +178,7 @@ def _as_lora(saved: Any, folder: Path, rank: int | None) -> Path:
 
 
 def merge_command(args: Namespace) -> None:
-    from ._saved import find_adapter, load_adapter, load_tokenizer
+    from ._commands.saved import find_adapter, load_adapter, load_tokenizer
 
     saved, out = find_adapter(args.source, args.model), _new_folder(args.out)
     K, chosen = saved.num_hypotheses, args.hypothesis
@@ -199,7 +199,7 @@ def merge_command(args: Namespace) -> None:
 
 
 def inspect_command(args: Namespace) -> None:
-    from ._inspection import inspect
+    from ._commands.inspection import inspect
 
     value, blocks, notes = inspect(args)
     if args.json:

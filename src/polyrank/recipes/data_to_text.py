@@ -34,9 +34,9 @@ from ..evaluation.metrics import METRICS, evaluate_predictions
 from ..evaluation.metrics.data_to_text import E2E, WEBNLG
 from ..evaluation.predict import predict
 from ..evaluation.scoring import reference_nll
-from ._registry import recipes
-from ._text_config import TextSettings
-from ._text_training import check_prompts, chosen, load, trained_model
+from ._frame.registry import recipes
+from ._text.config import TextSettings
+from ._text.training import check_prompts, chosen, load, trained_model
 
 _log = logging.getLogger("polyrank")
 FORMATS = {"e2e": E2E, "webnlg": WEBNLG, "dart": WEBNLG}

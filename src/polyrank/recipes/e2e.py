@@ -34,9 +34,9 @@ from ..evaluation.decoding import Cost
 from ..evaluation.metrics import METRICS, evaluate_predictions
 from ..evaluation.predict import predict
 from ..evaluation.scoring import own_scores, reference_nll
-from ._e2e_config import Decoding, E2eConfig, E2eTableConfig
-from ._e2e_training import trained_model
-from ._registry import recipes
+from ._e2e.config import Decoding, E2eConfig, E2eTableConfig
+from ._e2e.training import trained_model
+from ._frame.registry import recipes
 
 _log = logging.getLogger("polyrank")
 

@@ -27,11 +27,11 @@ from ..core.files import atomic_write
 from ..core.records import Metric, Record, Row, new_record, read_record, record_to_json
 from ..data.glue import get_task, part_files
 from ..evaluation.glue_metrics import TASK_SCORES, decide, task_scores
-from ._glue_adapters import budget_parameters, matched_method
-from ._glue_config import GlueConfig, GlueData, GlueTableConfig
-from ._glue_training import Rows, load_encoder, predict, trained_model
-from ._method import MethodEntry
-from ._registry import recipes
+from ._frame.registry import recipes
+from ._glue.config import GlueConfig, GlueData, GlueTableConfig
+from ._glue.training import Rows, load_encoder, predict, trained_model
+from ._methods.budget import budget_parameters, matched_method
+from ._methods.entry import MethodEntry
 
 _log = logging.getLogger("polyrank")
 

@@ -23,10 +23,10 @@ from ..core.files import full_disk_is_said, sha256
 from ..core.provenance import portable
 from ..retrieval.dense import is_normalised, load_encoder
 from ..retrieval.store import Store, stage_key
-from ._gpl_config import FULL, CorpusSettings, GplConfig, LabelSettings, TrainingSettings
-from ._gpl_stages import Prepared, Score, model_identity, prepare
-from ._gpl_training import train
-from ._registry import recipes
+from ._frame.registry import recipes
+from ._gpl.config import FULL, CorpusSettings, GplConfig, LabelSettings, TrainingSettings
+from ._gpl.stages import Prepared, Score, model_identity, prepare
+from ._gpl.training import train
 
 _log = logging.getLogger("polyrank")
 __all__ = ["CorpusSettings", "GplConfig", "GplRun", "LabelSettings", "TrainingSettings", "run", "run_gpl"]

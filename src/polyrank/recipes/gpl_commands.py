@@ -135,8 +135,8 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    from ._gpl_evaluation import comparison_json, evaluate_adapters, find_adapters
-    from ._gpl_search import find_weights, model_of
+    from ._gpl.evaluation import comparison_json, evaluate_adapters, find_adapters
+    from ._gpl.search import find_weights, model_of
     from .commands import _print_json, print_rows
 
     source = Path(args.source)
@@ -195,7 +195,7 @@ def _print_comparison(name: str, baseline: str, comparison: Any, queries: Mappin
 
 
 def _index(args: argparse.Namespace) -> None:
-    from ._gpl_search import find_weights, index_corpus, model_of
+    from ._gpl.search import find_weights, index_corpus, model_of
     from .commands import _print_json
 
     adapter = find_weights(args.adapter) if args.adapter else None
@@ -229,7 +229,7 @@ def _search(args: argparse.Namespace) -> None:
     import transformers
 
     from ..retrieval.search import open_searcher
-    from ._gpl_search import find_adapter, search_folder
+    from ._gpl.search import find_adapter, search_folder
     from .commands import _print_json
 
     transformers.utils.logging.disable_progress_bar()
@@ -255,7 +255,7 @@ def _plain(text: str, limit: int = 200) -> str:
 
 def _serve(args: argparse.Namespace) -> None:
     from ..retrieval.serve import LOOPBACK, SearchServer, serve
-    from ._gpl_search import searchers
+    from ._gpl.search import searchers
 
     both, title = searchers(args.index, args.base, args.probes), args.title or Path(args.index).name
     server = SearchServer(both, args.host, args.port, args.name, title)

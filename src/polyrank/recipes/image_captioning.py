@@ -26,18 +26,18 @@ from ..data.images import open_image, read_photos, read_textcaps, usable_photos
 from ..data.multi30k import LANGUAGES, caption_files
 from ..evaluation.decoding import Cost
 from ..evaluation.metrics import METRICS, evaluate_predictions
-from ._caption_base import small_llama_folder
-from ._caption_bilingual import BilingualConfig, BilingualParts, BilingualTable, bilingual_parts
-from ._caption_languages import LanguageGuess, of_language, win_shares_by_language, written_shares
-from ._caption_media import MediaExample
-from ._caption_media_config import ImageConfig, ImageTable
-from ._caption_media_task import media_task
-from ._caption_run import Scores, Task, compute, run_in_processes, run_one, run_table
-from ._caption_text import text_predictor
-from ._e2e_config import Decoding
-from ._e2e_training import load_base, load_tokenizer
-from ._registry import recipes
-from ._text_training import chosen
+from ._captions.base import small_llama_folder
+from ._captions.bilingual import BilingualConfig, BilingualParts, BilingualTable, bilingual_parts
+from ._captions.languages import LanguageGuess, of_language, win_shares_by_language, written_shares
+from ._captions.media import MediaExample
+from ._captions.media_config import ImageConfig, ImageTable
+from ._captions.media_task import media_task
+from ._captions.run import Scores, Task, compute, run_in_processes, run_one, run_table
+from ._captions.text import text_predictor
+from ._e2e.config import Decoding
+from ._e2e.training import load_base, load_tokenizer
+from ._frame.registry import recipes
+from ._text.training import chosen
 
 ROLES = {"oracle_bleu": "quality", "oracle_cider_d": "quality", "mbleu_4": "diversity"}
 WINS = "win_shares_by_language"

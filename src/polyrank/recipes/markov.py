@@ -28,10 +28,10 @@ import torch
 from ..core.errors import ConfigError
 from ..core.files import append_json_line, atomic_write, parse_json, read_bytes, read_json_lines
 from ..core.records import new_record, record_to_json
-from ._markov_model import MarkovConfig
-from ._markov_report import METRICS, Theory, comparison_table, draw_figures, explain, result_row, write_markov_page
-from ._markov_training import Arm, OnStep, train
-from ._registry import recipes
+from ._frame.registry import recipes
+from ._markov.model import MarkovConfig
+from ._markov.report import METRICS, Theory, comparison_table, draw_figures, explain, result_row, write_markov_page
+from ._markov.training import Arm, OnStep, train
 
 __all__ = ["MarkovConfig", "run", "run_demo"]
 

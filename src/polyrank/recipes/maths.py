@@ -27,9 +27,9 @@ from ..data.maths import PROMPT, TEST_PROMPT, Problem, check_template, fill, pro
 from ..evaluation.decoding import Cost
 from ..evaluation.metrics import METRICS, evaluate_predictions
 from ..evaluation.metrics.maths import final_answer, final_number
-from ._registry import recipes
-from ._text_config import TextSettings
-from ._text_training import chosen, load, trained_model, with_room
+from ._frame.registry import recipes
+from ._text.config import TextSettings
+from ._text.training import chosen, load, trained_model, with_room
 from .data_to_text import COSTS, cost_figures, decode, row_settings
 
 _log = logging.getLogger("polyrank")

@@ -29,11 +29,11 @@ from ..core.records import Metric, Record, Row, new_record, read_record, record_
 from ..data.text_files import read_text
 from ..evaluation.metrics import evaluate_predictions
 from ..evaluation.scoring import reference_nll
-from ._glue_adapters import budget_parameters
-from ._method import MethodEntry
-from ._registry import recipes
-from ._text_config import TextSettings, TextShared
-from ._text_training import load, trained_model
+from ._frame.registry import recipes
+from ._methods.budget import budget_parameters
+from ._methods.entry import MethodEntry
+from ._text.config import TextSettings, TextShared
+from ._text.training import load, trained_model
 from .data_to_text import TextData, decode
 
 _log = logging.getLogger("polyrank")

@@ -26,9 +26,9 @@ from typing import IO, Any
 from ..core.errors import ConfigError, RunError
 from ..core.files import atomic_write, full_disk_is_said, parse_json, read_bytes
 from ..core.provenance import code_state, portable
-from ._compose import CONF, Composed, check_overrides, compose, hydra_errors, search_path, settle
-from ._registry import get_recipe
-from ._yaml_files import read_yaml
+from ._frame.compose import CONF, Composed, check_overrides, compose, hydra_errors, search_path, settle
+from ._frame.registry import get_recipe
+from ._frame.yaml_files import read_yaml
 
 _log = logging.getLogger("polyrank")
 FINISHED = "finished"

@@ -20,13 +20,13 @@ from ..data.causal_lm import encode_pairs, padding_collator
 from ..data.e2e import MultiReference
 from ..data.multi30k import read_translations, translation_files
 from ..data.wmt import read_extra_references
-from ._caption_base import small_llama_folder
-from ._caption_run import Task, compute, run_in_processes, run_table
-from ._caption_text import text_predictor
-from ._e2e_training import base_folder, load_base, load_tokenizer
-from ._registry import recipes
-from ._text_training import check_prompts, chosen, with_room
-from ._translation_config import TranslationConfig, TranslationData, TranslationTable
+from ._captions.base import small_llama_folder
+from ._captions.run import Task, compute, run_in_processes, run_table
+from ._captions.text import text_predictor
+from ._captions.translation_config import TranslationConfig, TranslationData, TranslationTable
+from ._e2e.training import base_folder, load_base, load_tokenizer
+from ._frame.registry import recipes
+from ._text.training import check_prompts, chosen, with_room
 
 _log = logging.getLogger("polyrank")
 ROLES = {"oracle_bleu": "quality", "leave_one_out_bleu": "quality", "pairwise_bleu": "diversity"}

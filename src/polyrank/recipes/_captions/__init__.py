@@ -1,0 +1,1 @@
+"""Parts of the recipes `image_captioning`, `audio_captioning` and `translation`."""

@@ -1,0 +1,1 @@
+"""What every run goes through: recipes by name, configuration, log of training."""

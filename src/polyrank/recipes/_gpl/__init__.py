@@ -1,0 +1,1 @@
+"""Parts of the recipe `gpl` and of the commands of `polyrank gpl`."""

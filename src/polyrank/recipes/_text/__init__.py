@@ -1,0 +1,1 @@
+"""Parts of the recipes that learn to write text from text: `data_to_text`, `maths`, `methods`."""

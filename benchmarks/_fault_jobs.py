@@ -17,7 +17,7 @@ from pathlib import Path
 
 STEPS, SAVE_EVERY = 14, 3
 SYSTEMS = ("mcl", "lsr", "gpl")
-TOY_DOMAIN = Path(__file__).parents[1] / "tests" / "recipes" / "toy_domain.py"
+TOY_DOMAIN = Path(__file__).parents[1] / "tests" / "helpers" / "toy_domain.py"
 
 
 def quiet_machine() -> None:

@@ -6,7 +6,6 @@ that `prepare` replaces); and what the page takes for granted is in the folder a
 a line that a test cannot run, stand in `ELSEWHERE` with the test that covers them or the reason.
 """
 
-import importlib.util
 import json
 import os
 import re
@@ -15,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import docs_stand_ins
 import pytest
 import torch
 
@@ -110,22 +110,14 @@ NOT_HERE = [  # a model or data set that is not on this machine -> a small one o
 
 
 @pytest.fixture(scope="session")
-def stand_ins():
-    spec = importlib.util.spec_from_file_location("docs_stand_ins", ROOT / "tests" / "docs_stand_ins.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def hub(tmp_path_factory):
+    return docs_stand_ins.make_hub(tmp_path_factory.mktemp("hub"))
 
 
 @pytest.fixture(scope="session")
-def hub(stand_ins, tmp_path_factory):
-    return stand_ins.make_hub(tmp_path_factory.mktemp("hub"))
-
-
-@pytest.fixture(scope="session")
-def retrieval(stand_ins, tmp_path_factory):
+def retrieval(tmp_path_factory):
     pytest.importorskip("faiss")
-    return stand_ins.make_retrieval(tmp_path_factory.mktemp("retrieval"))
+    return docs_stand_ins.make_retrieval(tmp_path_factory.mktemp("retrieval"))
 
 
 @pytest.fixture
@@ -162,7 +154,7 @@ def prepare(page, line, place, request):
             shutil.rmtree(place / "judged") if "ir_cranfield" in words else None
             stand_in["ir_cranfield"] = str(folder / "judged")
     elif kind in ("evaluate", "report"):
-        request.getfixturevalue("stand_ins").make_runs(place)
+        docs_stand_ins.make_runs(place)
         stand_in |= {"RUN": "runs/e2e/mine", "FOLDER": "runs"}
         if "sbert=" in line:
             encoder = request.getfixturevalue("retrieval") / "encoder"

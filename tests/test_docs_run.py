@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from loading import load_module
 from transformers import BertConfig, GPT2Config, LlamaConfig, TrainingArguments
 
 ROOT = Path(__file__).parents[1]
@@ -62,13 +63,6 @@ def blocks():
                 yield pytest.param(name, text, id=f"{name}-{number}")
 
 
-def load_module(path):
-    spec = importlib.util.spec_from_file_location(f"of_docs_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def llama(width=32):
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -110,7 +104,8 @@ def hub(tmp_path_factory):
     gpt2().save_pretrained(folder / "gpt2")
     if importlib.util.find_spec("faiss") is None:
         return folder
-    place = load_module(ROOT / "tests" / "retrieval" / "search_place.py")
+    import search_place as place
+
     place.make_encoder(folder / "encoder")
     place.make_adapter(folder / "encoder", folder / "adapter")
     place.make_data(folder / "documents")

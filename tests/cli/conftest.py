@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shlex
 import shutil
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from no_network import guard
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -20,15 +19,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from polyrank.cli import main
 from polyrank.core.records import Metric, Row, new_record, write_record
 from polyrank.hypotheses import MclConfig
-
-
-def load_module(path):
-    """A module of another folder of tests, by its file."""
-    spec = importlib.util.spec_from_file_location(f"of_cli_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 WORDS = ["Once", "upon", "a", "time", "there", "was", "little", "girl", "named", "Lily", "and", "dog", ".", "the"]
 
@@ -105,7 +95,7 @@ def no_network(monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    asked = load_module(Path(__file__).parents[1] / "no_network.py").guard(monkeypatch)
+    asked = guard(monkeypatch)
     yield asked
     assert not asked, "asked for the network with all inputs local"
 

@@ -1,6 +1,5 @@
 """What all commands owe: JSON where a script would read it, the nearest name for a misspelt one, no network."""
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -9,6 +8,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from no_network import guard
 
 from polyrank.cli import COMMANDS
 from polyrank.core.errors import ConfigError
@@ -94,10 +94,7 @@ def test_the_guard_sees_who_asks(monkeypatch):
     import socket
     import urllib.request
 
-    guard = importlib.util.spec_from_file_location("no_network", Path(__file__).parents[1] / "no_network.py")
-    module = importlib.util.module_from_spec(guard)
-    guard.loader.exec_module(module)
-    asked = module.guard(monkeypatch)
+    asked = guard(monkeypatch)
     for address in ("http://192.0.2.1/", "http://example.invalid/"):
         with pytest.raises(OSError, match="unreachable"):
             urllib.request.urlopen(address, timeout=5)

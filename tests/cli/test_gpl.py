@@ -1,6 +1,5 @@
 """`polyrank gpl`: each verb's examples do what they say, and every mistake is one line with status 2."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -12,6 +11,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+import search_place
 
 from polyrank.cli import COMMANDS, _parse
 from polyrank.core.records import read_record
@@ -21,11 +21,6 @@ from polyrank.retrieval.dense import encode_corpus, load_encoder
 from polyrank.retrieval.evaluate import evaluate
 
 pytest.importorskip("faiss")
-_file = Path(__file__).parents[1] / "retrieval" / "search_place.py"
-_spec = importlib.util.spec_from_file_location("search_place", _file)
-search_place = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(search_place)
-
 EXAMPLES = [example for _, examples in VERBS.values() for example in examples] + list(COMMANDS["gpl"][1])
 
 

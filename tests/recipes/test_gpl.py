@@ -1,6 +1,5 @@
 """Recipe `gpl` end to end on a tiny encoder: what is redone when, resume after kills, what is trained, bad input."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy_domain
 
 from polyrank.core.errors import CheckpointError, ConfigError, DataError, RunError
 from polyrank.core.files import sha256
@@ -25,10 +25,6 @@ from polyrank.retrieval import mine, teachers
 from polyrank.retrieval.corpus import Document, write_beir
 from polyrank.retrieval.dense import encode_corpus, load_encoder
 from polyrank.retrieval.index import adapter_hash
-
-_spec = importlib.util.spec_from_file_location("toy_domain", Path(__file__).with_name("toy_domain.py"))
-toy_domain = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(toy_domain)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """Recipe `gpl` with pairs=all: whole lists of documents, and training of the queries' side alone."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import toy_domain
 
 from polyrank.core.errors import CheckpointError, ConfigError, DataError
 from polyrank.core.files import sha256
@@ -19,10 +19,6 @@ from polyrank.recipes.gpl import run_gpl
 from polyrank.retrieval.corpus import Document, document_text, read_corpus, write_beir
 from polyrank.retrieval.dense import encode_corpus, encodes_queries_only, load_encoder
 from polyrank.retrieval.search import open_searcher
-
-_spec = importlib.util.spec_from_file_location("toy_domain", Path(__file__).with_name("toy_domain.py"))
-toy_domain = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(toy_domain)
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,9 @@
 """A run that resumes from a checkpoint which somebody damaged or made: refused in one line, nothing of it is run."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
+import hostile_files as hostile
 import pytest
 import torch
 from peft import get_peft_model
@@ -13,10 +12,6 @@ from transformers import TrainingArguments
 from polyrank import MclConfig, MclTrainer
 from polyrank.core.errors import CheckpointError
 from polyrank.hypotheses.scorer import FILE_NAME, HypothesisScorer
-
-_spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile_files.py"))
-hostile = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hostile)
 
 ROWS = [{"input_ids": [3, 4, 5, 6], "labels": [-100, 4, 5, 6]} for _ in range(8)]
 

@@ -1,11 +1,12 @@
 """Folders of the compressing methods (quantised layers, pruned models, PAT's modules) that were damaged or made up."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
 
+import hostile_files as hostile
 import pytest
+from loading import load_module
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -16,10 +17,6 @@ from polyrank.compression.l4q import L4qConfig, load_quantised, save_quantised, 
 from polyrank.compression.loram import LoramConfig, load_pruned, prune_model, recover_adapter, save_pruned
 from polyrank.compression.pat import load_pat
 from polyrank.core.errors import CheckpointError, UserError
-
-_spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile_files.py"))
-hostile = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hostile)
 
 CASES = hostile.broken_weights(hostile.lora_tensors())
 SOME = [name for name in CASES if name.startswith(("cut-1", "cut-6", "length", "header", "name", "noise", "flip-1"))]
@@ -83,7 +80,7 @@ def test_the_pruned_model_itself(pruned):
 
 @pytest.mark.parametrize("seed", range(24))
 def test_a_damaged_plan(pruned, tmp_path, seed):
-    damaged = hostile.load_module(Path(__file__).with_name("test_hostile_data.py")).damaged
+    damaged = load_module(Path(__file__).with_name("test_hostile_data.py")).damaged
     (tmp_path / PLAN).write_bytes(damaged((pruned / PLAN).read_bytes(), seed))
     hostile.either(read_plan, tmp_path, CheckpointError)
 

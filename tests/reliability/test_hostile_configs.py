@@ -1,14 +1,14 @@
 """Adapter configurations from outside: refused in one line before a tensor is made, whatever their fields hold."""
 
 import contextlib
-import importlib.util
 import json
-from pathlib import Path
 
+import hostile_files as hostile
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from loading import load_module
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
@@ -17,10 +17,6 @@ from polyrank.adapters import adapters
 from polyrank.core.claims import check_claims, hard_to_match
 from polyrank.core.errors import CheckpointError, ConfigError, UserError
 from polyrank.recipes._commands import saved as _saved
-
-_spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile_files.py"))
-hostile = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hostile)
 
 polyrank = hostile.polyrank
 METHODS = [name for name in adapters.names() if name != "plain_lora"]
@@ -163,7 +159,7 @@ COMMANDS = {
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     place = tmp_path_factory.mktemp("made")
-    hostile.load_module(hostile.TESTS / "cli" / "conftest.py").make_base(place / "base")
+    load_module(hostile.TESTS / "cli" / "conftest.py").make_base(place / "base")
     (place / "sound").mkdir()
     tensors = hostile.lora_tensors(layers=2)
     save_file(tensors, place / "sound" / "adapter_model.safetensors")

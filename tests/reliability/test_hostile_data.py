@@ -2,11 +2,10 @@
 
 import csv
 import gzip
-import importlib.util
 import json
 import random
-from pathlib import Path
 
+import hostile_files as hostile
 import pytest
 
 from polyrank.core.errors import ConfigError, DataError
@@ -14,10 +13,6 @@ from polyrank.core.records import Metric, Row, new_record, read_record, write_re
 from polyrank.evaluation.metrics.predictions import read_predictions
 from polyrank.retrieval import corpus
 from polyrank.retrieval.corpus import read_corpus, read_qrels, read_queries
-
-_spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile_files.py"))
-hostile = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hostile)
 
 polyrank = hostile.polyrank
 LINES = "".join(json.dumps({"_id": f"d{i}", "title": f"t {i}", "text": f"words of {i}"}) + "\n" for i in range(6))

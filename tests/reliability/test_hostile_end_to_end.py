@@ -1,15 +1,10 @@
 """The program itself, in a process of its own: hostile input ends it in time, with one line, inside its folder."""
 
-import importlib.util
 import json
 import sys
-from pathlib import Path
 
+import hostile_files as hostile
 import pytest
-
-_spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile_files.py"))
-hostile = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hostile)
 
 LORA = {"peft_type": "LORA", "r": 10**12, "target_modules": "((a|b)+)+", "base_model_name_or_path": "../base"}
 

@@ -1,12 +1,12 @@
 """Names, paths and links that lead out of a folder; indexes whose files do not belong together."""
 
-import importlib.util
 import json
 import os
 import random
 import shutil
 from pathlib import Path
 
+import hostile_files as hostile
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -17,10 +17,6 @@ from polyrank.analysis.adapter_files import open_adapter
 from polyrank.core.errors import CheckpointError, ConfigError, UserError
 from polyrank.recipes._frame.compose import Composed
 from polyrank.recipes.run import run_folder
-
-_spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile_files.py"))
-hostile = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hostile)
 
 polyrank = hostile.polyrank
 NAMES = {

@@ -1,11 +1,10 @@
 """Pickles where weights are expected: refused everywhere, never loaded. Each would make a folder if it were."""
 
-import importlib.util
 import json
 import pickle
 import shutil
-from pathlib import Path
 
+import hostile_files as hostile
 import numpy as np
 import pytest
 from peft import PeftModel, get_peft_model
@@ -14,10 +13,6 @@ from polyrank import MclConfig, import_hypotheses
 from polyrank.analysis.adapter_files import open_adapter
 from polyrank.core.errors import CheckpointError, ConfigError
 from polyrank.recipes._commands import saved as _saved
-
-_spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile_files.py"))
-hostile = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hostile)
 
 polyrank = hostile.polyrank
 KINDS = list(hostile.pickles("x"))
@@ -94,7 +89,8 @@ def test_in_a_tokenizer(tmp_path):
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
     pytest.importorskip("sentence_transformers")
-    place = hostile.load_module(hostile.TESTS / "retrieval" / "search_place.py")
+    import search_place as place
+
     return place.make_encoder(tmp_path_factory.mktemp("encoders") / "encoder")
 
 

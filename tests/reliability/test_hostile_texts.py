@@ -1,13 +1,13 @@
 """Texts of others in pages, tables and terminals: shown as they are, never as markup, never as an order."""
 
 import csv
-import importlib.util
 import io
 import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import hostile_files as hostile
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -18,10 +18,6 @@ from polyrank.report import write_report
 from polyrank.report.exports import csv_table, latex_table
 from polyrank.report.markov_figures import write_page
 from polyrank.report.tables import build_table
-
-_spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile_files.py"))
-hostile = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hostile)
 
 polyrank = hostile.polyrank
 TEXTS = {

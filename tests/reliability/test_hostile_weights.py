@@ -1,10 +1,9 @@
 """Broken safetensors files: every reader says so in one line, or reads what is sound; nothing is allocated for it."""
 
-import importlib.util
 import json
 import tracemalloc
-from pathlib import Path
 
+import hostile_files as hostile
 import pytest
 from peft import PeftModel
 from safetensors.torch import save
@@ -16,10 +15,6 @@ from polyrank.analysis.adapter_files import open_adapter
 from polyrank.core.errors import CheckpointError
 from polyrank.hypotheses.checkpoint import load_state
 from polyrank.hypotheses.scorer import HypothesisScorer
-
-_spec = importlib.util.spec_from_file_location("hostile_files", Path(__file__).with_name("hostile_files.py"))
-hostile = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(hostile)
 
 polyrank = hostile.polyrank
 CASES = hostile.broken_weights(hostile.lora_tensors())

@@ -1,12 +1,11 @@
 """Search with a tiny encoder: the ranking of plain dot products, the adapter that the index carries, refusals."""
 
-import importlib.util
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+import search_place
 
 from polyrank.core.errors import CheckpointError, ConfigError, DataError
 from polyrank.retrieval.corpus import Document, document_text, read_corpus
@@ -16,9 +15,6 @@ from polyrank.retrieval.index_build import build_index
 from polyrank.retrieval.search import Hit, clean_query, moves, open_searcher, snippet
 
 pytest.importorskip("faiss")
-_spec = importlib.util.spec_from_file_location("search_place", Path(__file__).with_name("search_place.py"))
-search_place = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(search_place)
 
 
 @pytest.fixture(scope="module")

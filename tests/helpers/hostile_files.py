@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import pickle
 import random
 import struct
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,14 +18,6 @@ TESTS = Path(__file__).parents[1]
 NAN, INFINITY = float("nan"), float("inf")
 HTML = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'`&amp;</table>"
 CONTROL = "\x1b[31mred\x1b[0m\x07\r\x08\x9b2J"
-
-
-def load_module(path):
-    """A module of another folder of tests, by its file."""
-    spec = importlib.util.spec_from_file_location(f"of_{path.parent.name}_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def raw(header, data=b"", length=None):

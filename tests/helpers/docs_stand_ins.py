@@ -1,23 +1,16 @@
 """What the pages of README and docs take for granted, small: models, data sets, runs, an index."""
 
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 
+import search_place
 import torch
+from loading import load_module
 
 from polyrank.cli import main
 
-ROOT = Path(__file__).parents[1]
-
-
-def load_module(path):
-    spec = importlib.util.spec_from_file_location(f"of_docs_commands_{path.stem}", path)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+ROOT = Path(__file__).parents[2]
 
 
 def make_hub(folder):
@@ -129,13 +122,12 @@ def make_webnlg(folder):
 
 def make_retrieval(folder):
     """documents/, judged/, a run with an adapter and checkpoints, an index of it, and two readers of queries."""
-    place = load_module(ROOT / "tests" / "retrieval" / "search_place.py")
-    place.make_encoder(folder / "encoder")
+    search_place.make_encoder(folder / "encoder")
     run = folder / "runs" / "gpl" / "cranfield"
-    place.make_adapter(folder / "encoder", run / "adapter")
+    search_place.make_adapter(folder / "encoder", run / "adapter")
     for step in (10, 20):
-        place.make_adapter(folder / "encoder", run / "checkpoints" / f"checkpoint-{step}", seed=step)
-    place.make_data(folder / "judged")
+        search_place.make_adapter(folder / "encoder", run / "checkpoints" / f"checkpoint-{step}", seed=step)
+    search_place.make_data(folder / "judged")
     for name in ("documents", "my_documents"):
         (folder / name).mkdir()
         shutil.copy(folder / "judged" / "corpus.jsonl", folder / name)

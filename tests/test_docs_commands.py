@@ -249,7 +249,7 @@ def test_a_line_runs(page, line, place, request, capsys):
 # -- several processes -------------------------------------------------------------------------------------------------
 
 TRAIN = """
-import sys
+import os, sys
 import torch, transformers
 from peft import get_peft_model
 from polyrank import MclConfig, MclTrainer
@@ -261,7 +261,9 @@ args = transformers.TrainingArguments("out", max_steps=2, per_device_train_batch
 trainer = MclTrainer(model=model, args=args, train_dataset=rows)
 trainer.train()
 trainer.save_model("adapter")
-print("ranks", trainer.args.world_size, file=sys.stderr)
+print("ranks", trainer.args.world_size, file=sys.stderr, flush=True)
+torch.distributed.barrier()
+os._exit(0)  # gloo now and then waits for ever in its shutdown
 """
 
 

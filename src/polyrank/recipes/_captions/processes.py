@@ -38,12 +38,18 @@ def first_process_first() -> Iterator[None]:
         yield
 
 
-def wait_for_all() -> None:
-    """Return when every process has come here."""
+def part() -> None:
+    """Return when every process has come here; from then on each goes its own way.
+
+    Their connection is ended while all are there: gloo can wait for ever for one that has left.
+    """
     if num_processes() > 1:
+        import torch.distributed as dist
         from accelerate import PartialState
 
         PartialState().wait_for_everyone()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def check_can_build(what: str) -> None:

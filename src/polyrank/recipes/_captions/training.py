@@ -14,7 +14,7 @@ from ...core.files import atomic_write
 from ...core.seeding import derive_seed, seed_everything
 from .._frame.training_log import train_on, training_log
 from .config import CaptionSettings, OneRun
-from .processes import first_process, wait_for_all
+from .processes import first_process, part
 
 MARKER = "training.json"
 
@@ -88,7 +88,7 @@ def trained_model(
     seconds = train(config, model, rows, collator, run_dir, config.seed, kind, validation, callbacks=callbacks)
     dropped = getattr(rows, "dropped", 0)
     facts = {"time_s": seconds, "rows": len(rows), "dropped_rows": dropped, "trainable_parameters": parameters}
-    wait_for_all()  # some may still read the best checkpoint
+    part()  # some may still read the best checkpoint
     if first_process():
         model.save_pretrained(str(folder))
         atomic_write(folder / MARKER, json.dumps(facts) + "\n")

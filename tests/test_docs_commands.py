@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -267,6 +268,12 @@ os._exit(0)  # gloo now and then waits for ever in its shutdown
 """
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("page", "line"), [pytest.param(*one, id=one[1]) for one in HERE if not one[1].startswith("polyrank ")]
@@ -284,7 +291,9 @@ def test_a_line_for_several_processes_runs_with_two(page, line, place, request, 
         assert main([*words[words.index("polyrank") + 1 :], *extra]) == 0
         extra += ["run_name=two"]
     if words[0] == "accelerate":  # what `accelerate config` would have been told
-        words[2:2] = ["--multi_gpu", *([] if extra else ["--num_processes", "2"])]
+        words[2:2] = ["--multi_gpu", "--main_process_port", free_port(), *([] if extra else ["--num_processes", "2"])]
+    elif "--standalone" not in words:  # both take port 29500, which another test may have
+        words[1:1] = ["--master_port", free_port()]
     programs = {"torchrun": ["torch.distributed.run"], "accelerate": ["accelerate.commands.accelerate_cli"]}
     command = [sys.executable, "-m", *programs[words[0]], *words[1:], *extra]
     own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
@@ -382,7 +391,10 @@ def test_the_batch_file_runs(place, hub, run_program):
         assert before in script
         script = script.replace(before, after)
     small += [f"cache_dir={place}/cache"]
-    script = script.replace("launch ", "launch --multi_gpu ").rstrip() + f" {shlex.join(small)}\n"
+    script = (
+        script.replace("launch ", f"launch --multi_gpu --main_process_port {free_port()} ").rstrip()
+        + f" {shlex.join(small)}\n"
+    )
     (place / "bin").mkdir()
     for name, text in (("srun", '#!/bin/sh\nexec "$@"\n'), ("job", script)):
         (place / "bin" / name).write_text(text)

@@ -211,7 +211,8 @@ def lines():
 
 
 LINES = list(dict.fromkeys(lines()))
-HERE = [(page, line) for page, line in LINES if not line.startswith(tuple(ELSEWHERE))]
+FIRST = {COMMENT.sub("", line): (page, line) for page, line in reversed(LINES)}  # a line of two pages is run once
+HERE = [one for one in LINES if one in FIRST.values() and not one[1].startswith(tuple(ELSEWHERE))]
 
 
 def sizes(line, hub):

@@ -49,7 +49,7 @@ faults: install
 audit: install
 	$(PY) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/pip install -q pip-audit
-	$(VENV)/audit/bin/pip-audit --no-deps --disable-pip -r constraints.txt $(AUDIT)
+	$(VENV)/audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints.txt $(AUDIT)
 
 clean:
 	rm -rf $(VENV) runs multirun outputs .mypy_cache .ruff_cache

@@ -242,7 +242,11 @@ def rows(details: Mapping[str, Any]) -> list[Row]:
         )
     for one in details.get("two_processes", {}).get("killed", []):
         settings = {"system": one["model"], "wrapper": one["wrapper"]}
-        held = one["survivor_seconds"] < 60 and one["statuses"][0] not in (0, -9) and one.get("bit_identical", False)
+        held = (
+            one["survivor_seconds"] < 60
+            and (one["statuses"][0] > 0 or one["statuses"][0] == -6)
+            and one.get("bit_identical", False)
+        )
         made.append(Row("two processes, one killed", {"tried": 1, "held": int(held)}, None, settings))
     for one in details.get("disk", {}).get("faults", []):
         settings = {"system": one["system"], "fault": one["fault"], "free_bytes": one.get("free_bytes", 0)}

@@ -59,8 +59,10 @@ WIDTH = ["model.small.width=16", "model.small.heads=2", "model.small.num_steps=1
 LLAMA = [*WIDTH, "model.small.layers=1", "model.small.feed_forward=16", "model.small.vocabulary=400"]
 LEFT_OUT = ["dora", "rslora", "pissa", "lokr", "lorma_pi", "lorma_plus", "dylora", "allora", "codyra", "lora_ga", "eva",
             "lora_pro", "ba_lora", "l4q", "lq_lora", "loram", "pat"]  # fmt: skip
-SIZES = [  # whatever matches is appended, in this order
-    (r"recipe=markov/", ["num_steps=2", "batch_size=4", "num_evaluation=8", "num_final=8", "eval_every=2"]),
+SIZES = [  # whatever matches is said, in place of what the line says of the same keys
+    (r"recipe=markov/(?!.*num_steps=10,20)", ["num_steps=2"]),
+    (r"num_steps=10,20", ["num_steps=2,3"]),
+    (r"recipe=markov/", ["batch_size=4", "num_evaluation=8", "num_final=8", "eval_every=2"]),
     (r"recipe=markov/(?!.*joblib)", ["seeds=[0]"]),
     (r"hydra/launcher=joblib", ["seeds=[0],[1]"]),
     (r"recipe=e2e", ["data.train_limit=8", "data.test_limit=1", "num_steps=2", "batch_size=2", "max_new_tokens=2",
@@ -88,7 +90,9 @@ SIZES = [  # whatever matches is appended, in this order
     (r"(bilingual|recipe=translation/)", LLAMA),
     (r"bilingual", ["data.codebook.levels=1", "data.codebook.size=2", "data.codebook.width=2"]),
     (r"(bilingual_table|translation/table)", ["seeds=[0]", "~methods.mle_wide"]),
-    (r"corpus=", ["steps=2", "batch_size=2", "warmup_steps=1", "rank=2", "queries_per_document=1", "negatives=2",
+    (r"corpus=(?!.*multirun)", ["steps=2", "rank=2"]),
+    (r"corpus=.*multirun", ["steps=1,2", "rank=2,4"]),
+    (r"corpus=", ["batch_size=2", "warmup_steps=1", "queries_per_document=1", "negatives=2",
                   "save_every=2", "max_length=32"]),
 ]  # fmt: skip
 NOT_HERE = [  # a model or data set that is not on this machine -> a small one of its kind

@@ -37,7 +37,7 @@ def file(tmp_path):
 
 def command(source, metrics=None, model=None, skipped=None, as_json=True):
     evaluate_command(
-        Namespace(source=str(source), metrics=metrics, model=model, skipped=skipped, json=as_json, quiet=True)
+        Namespace(source=str(source), out=None, metrics=metrics, model=model, skipped=skipped, json=as_json, quiet=True)
     )
 
 

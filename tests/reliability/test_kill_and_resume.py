@@ -69,7 +69,8 @@ def test_two_processes_learn_what_one_does_and_survive_the_death_of_one(campaign
     assert compared["largest_loss_difference"] <= 1e-6
     assert compared["sharded"] == (wrapper == "fsdp2")
     (killed,) = [one for one in campaign["two_processes"]["killed"] if one["wrapper"] == wrapper]
-    assert killed["statuses"][0] not in (0, -9)  # gloo may end an interpreter that leaves after an error by SIGABRT
+    status = killed["statuses"][0]
+    assert status > 0 or status == -6  # gloo may end an interpreter that leaves after an error by SIGABRT
     assert killed["survivor_seconds"] < 60
     assert "another process of this training has ended" in killed["survivor_error"]
     assert killed["resumed_from"] == "checkpoint-3"

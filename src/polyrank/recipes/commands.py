@@ -76,7 +76,7 @@ def evaluate_command(args: Namespace) -> None:
     from ..evaluation.metrics import METRICS, evaluate
     from ._commands.evaluate_folder import evaluate_folder_command, is_folder_of_runs
 
-    if getattr(args, "out", None) is not None or is_folder_of_runs(args.source):
+    if args.out is not None or is_folder_of_runs(args.source):
         return evaluate_folder_command(args)
     names = [name.strip() for name in args.metrics.split(",") if name.strip()] if args.metrics else None
     models, skipped = _models(getattr(args, "model", None) or ()), getattr(args, "skipped", None)

@@ -288,16 +288,13 @@ def evaluate_folder_command(args: Namespace) -> None:
     if not Path(args.source).is_dir():
         raise ConfigError(f"--out goes with a folder of runs, {args.source!r} is none")
     names = [name.strip() for name in args.metrics.split(",") if name.strip()] if args.metrics else None
-    models, quiet = _models(getattr(args, "model", None) or ()), getattr(args, "quiet", False)
-    skipped = getattr(args, "skipped", None)
-    done = evaluate_folder(
-        args.source, getattr(args, "out", None), names, models=models, skipped=skipped, progress=not quiet
-    )
+    models = _models(args.model or ())
+    done = evaluate_folder(args.source, args.out, names, models=models, skipped=args.skipped, progress=not args.quiet)
     for reason in dict.fromkeys(done.left_out.values()):
         lacking = [name for name, why in done.left_out.items() if why == reason]
         _log.warning("left out %s: needs %s", ", ".join(lacking), reason)
     if done.skipped:
-        _log.warning("left out %d inputs; they are listed in %s", len(done.skipped), skipped)
+        _log.warning("left out %d inputs; they are listed in %s", len(done.skipped), args.skipped)
     _log.info("%d files, %d of them scored now", len(done.record.rows), done.new)
     if args.json:
         rows = [

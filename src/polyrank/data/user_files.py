@@ -100,7 +100,7 @@ def read_user_data(
     built = build_rows(kept, kind)
     unused = unused_columns(kept, kind)
     if unused:
-        notes.append(f"columns not used: {', '.join(map(str, unused))}")
+        notes.append(f"columns not used: {' '.join(', '.join(map(str, unused)).split())}")
     if len(built) > len(kept):
         notes.append(f"{len(kept)} records hold {len(built)} completions: one row each")
     labels = tuple(sorted({row["label"] for row in built})) if kind == "label" else ()

@@ -13,12 +13,13 @@ A row that does not fit is an error that says where it stands; a row with nothin
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Mapping
 from typing import Any
 
-from ..core.errors import ConfigError, DataError, name_message, nearest
+from ..core.errors import ConfigError, DataError, name_message
 from ..core.files import parse_json
 from .user_tables import Row
 
@@ -51,7 +52,7 @@ def rename(rows: list[Row], columns: Mapping[str, str] | None) -> list[Row]:
         if field not in FIELDS:
             raise ConfigError(name_message("field in columns", field, FIELDS))
         if column not in there:
-            raise DataError(f"{_file(rows)}: {name_message('column', column, there)}")
+            raise DataError(f"{_file(rows)}: {name_message('column', column, _listed(there).split(', '))}")
         if list(columns.values()).count(column) > 1:
             raise ConfigError(f"columns gives the column {column!r} to two fields")
     taken = set(columns.values())
@@ -137,9 +138,12 @@ def _kind_of(where: str, row: Mapping[str, Any], columns: Mapping[str, str]) -> 
         there = [field for field in needed if _has(row, field)]
         lacking = [field for field in needed if field not in there]
         if there and lacking:
-            raise DataError(f"{where} has {there[0]!r} and no column {lacking[0]!r}; its columns are {_listed(row)}")
-    close = ((name, nearest(str(name), FIELDS)) for name in row)
-    hint = next((f"; did you mean {field!r} by {name!r}?" for name, field in close if field), "")
+            raise DataError(
+                f"{where} has {there[0]!r} and no column {lacking[0]!r}; its columns are {_listed(row)}"
+                " (columns= renames)"
+            )
+    close = ((name, difflib.get_close_matches(str(name).lower(), FIELDS, n=1, cutoff=0.75)) for name in row)
+    hint = next((f"; did you mean {field[0]!r} by {name!r}?" for name, field in close if field), "")
     raise DataError(
         f"{where}: the columns {_listed(row)} are no known kind of record{hint} (allowed: {_SHAPES}; columns= renames)"
     )

@@ -10,10 +10,11 @@ from __future__ import annotations
 import csv
 import gzip
 import io
+import re
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..core.errors import DataError, name_message
 from ..core.files import parse_json, read_bytes
@@ -151,8 +152,34 @@ def _read_csv(path: Path, text: str, kind: str, notes: list[str]) -> list[Row]:
     sign = _separator(text, usual)
     if sign != usual:
         notes.append(f"{path.name}: fields are separated by {_SIGNS[sign]}")
+    if sign == "\t" and '"' in text:
+        return _read_tabs(path, text, notes)
+    return _read_fields(path, text, sign, csv.QUOTE_MINIMAL)
+
+
+def _read_tabs(path: Path, text: str, notes: list[str]) -> list[Row]:
+    """Files with tabs are written with quotes around some fields, or with quotes that mean nothing. The second is so
+    where every line is a whole row of several fields and the first reading finds fewer rows, or fails."""
+    plain: list[Row] | None
+    try:
+        plain = _read_fields(path, text, "\t", csv.QUOTE_NONE)
+    except DataError:
+        plain = None
+    try:
+        quoted = _read_fields(path, text, "\t", csv.QUOTE_MINIMAL)
+    except DataError:
+        if plain is None:
+            raise
+    else:
+        if plain is None or len(plain) == len(quoted) or any(len(row) == 1 for _, row in plain[:1]):
+            return quoted
+    notes.append(f"{path.name}: quotes are a part of the text")
+    return plain
+
+
+def _read_fields(path: Path, text: str, sign: str, quoting: Literal[0, 3]) -> list[Row]:
     before = csv.field_size_limit(_LONGEST_FILE_BYTES)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=sign, strict=True, quoting=quoting)
     rows: list[Row] = []
     header: Sequence[str] = ()
     line = 1
@@ -176,7 +203,7 @@ def _read_csv(path: Path, text: str, kind: str, notes: list[str]) -> list[Row]:
 
 def _separator(text: str, usual: str) -> str:
     """The sign that cuts the header into most fields; the usual one where none is better."""
-    header = text.lstrip("\r\n").split("\n", 1)[0]
+    header = re.split("[\r\n]", text.lstrip("\r\n"), maxsplit=1)[0]
 
     def fields(sign: str) -> int:
         return len(next(csv.reader([header], delimiter=sign), []))
@@ -188,6 +215,9 @@ def _check_header(where: str, names: list[str]) -> list[str]:
     if "" in names:
         raise DataError(f"{where}: column {names.index('') + 1} of the header has no name")
     repeated = next((name for i, name in enumerate(names) if name in names[:i]), None)
+    broken = next((name for name in names if "\n" in name or "\r" in name), None)
+    if broken is not None:
+        raise DataError(f"{where}: the header's name {broken!r:.60} holds a line break")
     if repeated is not None:
         raise DataError(f"{where}: the header names {repeated!r} twice")
     return names

@@ -22,6 +22,7 @@ from ..objectives import sequence_losses, token_nll
 from ..objectives.winners import annealing_losses, winner_weights
 from .config import MclConfig
 from .head import Targets, output_head, output_logits
+from .options import unscored
 from .prepared import prepared
 from .routing import route
 from .row_losses import row_losses
@@ -224,10 +225,12 @@ def _weights(losses: Tensor, counts: Tensor, config: MclConfig, mode: str, reque
 def _combine(
     losses: Tensor, weights: Tensor, counts: Tensor, config: MclConfig, num_items: Any, num_sequences: Any
 ) -> Tensor:
-    """(1 / N) sum w L; entries of weight 0 leave no trace, whatever their loss."""
+    """(1 / N) sum w L; entries of weight 0 leave no trace, but a labelled row that nobody can score makes it NaN."""
+    lost = unscored(losses.detach(), counts)
     if num_items is not None and config.loss_reduction == "token_mean":
         losses = losses * counts
     total = torch.where(weights > 0, weights * losses, 0.0).sum()
+    total = total + torch.nan if lost else total
     if num_items is not None:
         return total / num_items
     return total / (num_sequences if num_sequences is not None else (counts > 0).sum().clamp_min(1))

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from ..adapters._folders import whole_folders, write_weights
-from ..core.errors import ConfigError, unknown_name
+from ..core.errors import CheckpointError, ConfigError, unknown_name
 from .config import MclConfig
 from .forward import check_hypothesis
 from .layer import MclEmbedding, MclLayer
@@ -51,8 +51,8 @@ def export_hypotheses(model: PeftModel, folder: str | Path, adapter_name: str | 
     Args:
         adapter_name: default: the active adapter.
     Returns: the K paths.
-    Raises: ConfigError for a model without a LoRA-MCL adapter or a folder with another K's export; RunError where
-        writing fails, with what was there before intact.
+    Raises: ConfigError for a model without a LoRA-MCL adapter or a folder with another K's export; CheckpointError for
+        values that are not finite; RunError where writing fails, with what was there before intact.
     """
     folder = Path(folder)
     peft_model, name, config = _adapter(model, adapter_name)
@@ -116,10 +116,15 @@ def _number(name: str) -> int:
 def _write(model: PeftModel, adapter: str, parent: Path, hypotheses: Mapping[str, int]) -> None:
     """Write hypotheses into folders of a parent, by the folders' names."""
     config = _lora_config(model, adapter)
+    states = [lora_state(model, adapter, hypothesis) for hypothesis in hypotheses.values()]
+    for state, hypothesis in zip(states, hypotheses.values(), strict=True):
+        bad = [key for key, value in state.items() if not value.isfinite().all()]
+        if bad:
+            raise CheckpointError(f"hypothesis {hypothesis} is not finite ({bad[0]}): nothing is exported")
     with whole_folders(parent, list(hypotheses)) as fresh:
-        for path, hypothesis in zip(fresh, hypotheses.values(), strict=True):
+        for path, state in zip(fresh, states, strict=True):
             config.save_pretrained(str(path))
-            write_weights(path, lora_state(model, adapter, hypothesis))
+            write_weights(path, state)
 
 
 def _lora_config(model: PeftModel, adapter: str) -> LoraConfig:

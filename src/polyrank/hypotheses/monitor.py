@@ -6,7 +6,8 @@ For sequences b with n_b labelled tokens and S (K, B) in nats, L = S or S / n_b 
     oracle    mean_b min_k L_kb                   knows the answer: no likelihood
     mixture   mean_b -log((1/K) sum_k e^{-S_kb}), divided by n_b for token means: a likelihood
 
-so that oracle <= mixture <= oracle + log K (E[1/n] log K for token means). All state is sums in one vector: batches
+A NaN stays NaN: nll_k where hypothesis k has one, oracle and mixture where no hypothesis is finite on a row.
+Else oracle <= mixture <= oracle + log K (E[1/n] log K for token means). All state is sums in one vector: batches
 and ranks are combined by adding.
 """
 
@@ -32,9 +33,9 @@ class LossMonitor:
     def reset(self) -> None:
         K = self.num_hypotheses
         self.statistics: AssignmentStatistics | None = None
-        self.nll = torch.zeros(K, dtype=torch.float64)  # sums over the rows where hypothesis k is finite
+        self.nll = torch.zeros(K, dtype=torch.float64)  # sums over all rows: one NaN stays NaN
         self.nll_rows = torch.zeros(K, dtype=torch.float64)
-        self.best = torch.zeros(3, dtype=torch.float64)  # sums of oracle and mixture, rows with a finite loss
+        self.best = torch.zeros(3, dtype=torch.float64)  # sums of oracle and mixture, rows
 
     def add(self, losses: Tensor, counts: Tensor) -> None:
         """Add a batch.
@@ -50,13 +51,14 @@ class LossMonitor:
         statistics = AssignmentStatistics.of(losses)
         self.statistics = statistics if self.statistics is None else self.statistics + statistics
         finite = losses.isfinite()
-        self.nll += torch.where(finite, losses, 0.0).sum(dim=1)
-        self.nll_rows += finite.sum(dim=1)
-        usable = finite.any(dim=0)
-        losses, counts = torch.where(finite, losses, torch.inf)[:, usable], counts[usable]
+        self.nll += losses.sum(dim=1)
+        self.nll_rows += losses.shape[1]
+        losses = torch.where(finite, losses, torch.inf)
         scale = counts if self.reduction == "token_mean" else torch.ones_like(counts)
         mixture = mixture_nll(losses * scale) / scale
-        self.best += torch.stack([losses.amin(dim=0).sum(), mixture.sum(), usable.sum().double()])
+        lost = ~finite.any(dim=0)  # rows that no hypothesis can score: neither the best nor the mixture has a value
+        oracle, mixture = (values.masked_fill(lost, torch.nan).sum() for values in (losses.amin(dim=0), mixture))
+        self.best += torch.stack([oracle, mixture, torch.tensor(float(len(counts)), dtype=torch.float64)])
 
     @property
     def num_rows(self) -> int:

@@ -87,3 +87,8 @@ class StepResult(Scores):
     weights: torch.Tensor
     winners: torch.Tensor
     guess_hits: torch.Tensor | None = None
+
+
+def unscored(losses: torch.Tensor, counts: torch.Tensor) -> bool:
+    """Whether a row with labels has no finite loss under any hypothesis: losses (K, B), counts (B,)."""
+    return bool((~losses.isfinite().any(dim=0) & (counts > 0)).any())

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..core.errors import RunError
 from .head import TokenLosses
-from .options import StepResult
+from .options import StepResult, unscored
 from .routing import Routing
 from .sampling import LoserDraw, draw_losers
 from .scoring import Block, ScoringStep, row_routing
@@ -80,7 +80,7 @@ class TrainingStep(ScoringStep):
             losses=scores.losses,
             sequence_nll=nll,
             token_counts=scores.token_counts,
-            loss=self.loss.to(nll.dtype),
+            loss=(self.loss + torch.nan if unscored(scores.losses, scores.token_counts) else self.loss).to(nll.dtype),
             weights=weights,
             winners=winners,
             guess_hits=self.hits,

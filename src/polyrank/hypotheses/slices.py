@@ -77,3 +77,10 @@ def revive(
             value.copy_(source + drawn.to(source.device, source.dtype))
             for moment in moments:
                 moment.zero_()
+
+
+def broken_hypotheses(model: nn.Module, num_hypotheses: int) -> list[int]:
+    """Indices of the hypotheses that have a value which is not finite in any stacked parameter."""
+    finite = [parameter.detach().isfinite().flatten(1).all(dim=1).cpu() for parameter in stacked_parameters(model)]
+    fitting = [flags for flags in finite if len(flags) == num_hypotheses]  # another adapter may have another K
+    return (~torch.stack(fitting).all(dim=0)).nonzero().flatten().tolist() if fitting else []

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from ..core.errors import ConfigError, DataError, check_choice
+from ..core.errors import ConfigError, DataError, RunError, check_choice
 from ..core.seeding import derive_seed
 from ..objectives import annealing_time, temperature_at, win_counts
 from .competition import StepRequest, is_language_batch
@@ -32,7 +32,7 @@ from .persistence import CheckpointingTrainer
 from .prepared import base_of, prepared
 from .scorer import HypothesisScorer, pooled_features, winners_of
 from .skip_losers import skip_losers as leave_losers_alone
-from .slices import Revival, revive
+from .slices import Revival, broken_hypotheses, revive
 from .step import StepOptions
 
 _log = logging.getLogger("polyrank")
@@ -61,7 +61,8 @@ class MclTrainer(EvaluatingTrainer, CheckpointingTrainer):
     temperature, guess_hits and scorer_loss where they apply. Evaluation reports the same with `eval_`, where
     `eval_loss` is the hard winner-takes-all (oracle) loss whatever the mode, unsmoothed.
 
-    Raises: ConfigError for a model without hypotheses or options that contradict each other.
+    Raises: ConfigError for a model without hypotheses or options that contradict each other; `train` RunError where
+        all hypotheses, or one that is to be saved, have weights that are not finite.
     """
 
     loss_is_scaled_for_ga = True
@@ -83,6 +84,7 @@ class MclTrainer(EvaluatingTrainer, CheckpointingTrainer):
         if self.args.n_gpu > 1 and not self.is_model_parallel:
             _log.warning("several GPUs in one process: only one is used; start with torchrun to use all")
             self.args._n_gpu = 1
+        self.args.logging_nan_inf_filter = False  # it would log a finite loss in the place of NaN
         self.mcl_config: MclConfig = self._find_config()
         self.step_options = step_options or StepOptions()
         self.evaluation_options = StepOptions(max_rows_per_pass=self.step_options.max_rows_per_pass)
@@ -235,8 +237,24 @@ class MclTrainer(EvaluatingTrainer, CheckpointingTrainer):
         if self.scorer is not None:
             self.scorer.zero_grad()
 
+    def _check_finite(self, all_of_it: bool) -> None:
+        """Raise RunError where a hypothesis (`all_of_it`), or every one of them, has values that are not finite."""
+        bad = broken_hypotheses(self.model, self.mcl_config.num_hypotheses)
+        if len(bad) == self.mcl_config.num_hypotheses or (all_of_it and bad):
+            raise RunError(
+                f"step {self.state.global_step}: the weights of hypotheses {bad} are not finite; training stops and "
+                "earlier checkpoints stay (a smaller learning rate or max_grad_norm helps)"
+            )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if not self._keep_graphs:
+            self._check_finite(all_of_it=True)
+        super()._save_checkpoint(model, trial)
+
     def _after_step(self) -> None:
-        """Look for dead hypotheses, when it is time."""
+        """Stop where nothing finite is left; look for dead hypotheses, when it is time."""
+        if not self._keep_graphs:
+            self._check_finite(all_of_it=False)
         if self.revival is None or self.state.global_step % self.revival.every:
             return
         wins = self.wins_since_look.to(self.args.device, torch.float32)

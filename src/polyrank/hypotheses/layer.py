@@ -53,6 +53,8 @@ class MclLayer(AdapterLayer):
     def routing(self) -> Routing:
         """The routing in force. Raises ConfigError for rows of several hypotheses where rows cannot be told apart."""
         routing = self.router.current
+        if self.training and torch.is_grad_enabled() and max(self.num_hypotheses.values(), default=1) > 1:
+            self.router.warn_unasked()
         if self.unordered and not routing.is_single:
             raise ConfigError(
                 "an adapted layer lies among experts, which see tokens in an order of their own: rows of several "

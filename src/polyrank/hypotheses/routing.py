@@ -9,6 +9,7 @@ their function is bound to the routing of the forward pass, so that recomputatio
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -100,33 +101,50 @@ class Router:
     """The routing in force for one model. `hypothesis` is the default, `current` what a block has set.
 
     `folding`: whether layers may fold an update into the weight where that is faster, equal up to rounding (scoring);
-    elsewhere a call without a graph gives bit by bit what a call with one gives.
+    elsewhere a call without a graph gives bit by bit what a call with one gives. `asked`: whether the routing in force
+    was chosen, by `set_default` or `use`; `warned`: whether it was said that training without a choice trains one.
     """
 
     hypothesis: int = 0
     current: Routing = field(default_factory=lambda: Routing.single(0))
     merged: int | None = None
     folding: bool = False
+    asked: bool = False
+    warned: bool = False
 
     def set_default(self, hypothesis: int) -> None:
         self.check(hypothesis)
         self.hypothesis = hypothesis
-        self.current = Routing.single(hypothesis)
+        self.current, self.asked = Routing.single(hypothesis), True
 
     def check(self, hypothesis: int | None) -> None:
         """Raise ConfigError where another hypothesis than this one is merged into the weights."""
         if self.merged is not None and hypothesis != self.merged:
             raise ConfigError(f"hypothesis {self.merged} is merged into the base weights; unmerge it first")
 
+    def warn_unasked(self) -> None:
+        """Say once a model that only the default hypothesis is trained, where nobody asked for it."""
+        if self.asked or self.warned or torch.compiler.is_compiling():
+            return
+        self.warned = True
+        warnings.warn(
+            f"only hypothesis {self.hypothesis} is trained: this call computes a gradient without `labels`, so that "
+            "the hypotheses do not compete. Pass `labels` to the model and use its loss, or train with MclTrainer; "
+            "pass `hypothesis_idx`, or call `set_hypothesis`, where one hypothesis is meant",
+            UserWarning,
+            stacklevel=3,
+        )
+
     @contextmanager
     def use(self, routing: Routing) -> Iterator[None]:
         """Put a routing in force, and the former one back on the way out, whatever happens."""
         self.check(routing.segments[0][0] if routing.is_single else None)
-        before, self.current = self.current, routing
+        before, asked = self.current, self.asked
+        self.current, self.asked = routing, True
         try:
             yield
         finally:
-            self.current = before
+            self.current, self.asked = before, asked
 
 
 def find_router(model: nn.Module) -> Router:

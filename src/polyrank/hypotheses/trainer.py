@@ -81,6 +81,10 @@ class MclTrainer(EvaluatingTrainer, CheckpointingTrainer):
     ) -> None:
         check_choice("normalize_by", normalize_by, NORMALIZERS)
         super().__init__(*args, **kwargs)
+        if self.compute_loss_func is not None:
+            raise ConfigError(
+                "compute_loss_func has no place in MclTrainer: the hypotheses compete by the model's loss"
+            )
         if self.args.n_gpu > 1 and not self.is_model_parallel:
             _log.warning("several GPUs in one process: only one is used; start with torchrun to use all")
             self.args._n_gpu = 1

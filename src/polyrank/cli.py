@@ -27,6 +27,13 @@ COMMANDS: dict[str, tuple[str, tuple[str, ...]]] = {
         "the main job, on data it makes: two Markov chains, one hypothesis against two",
         ("polyrank demo", "polyrank demo --quick --out runs/demo-quick"),
     ),
+    "train": (
+        "any method on your own file of chats, prompts and answers, or text; the same command goes on where it stopped",
+        (
+            "polyrank train data=train.jsonl model=Qwen/Qwen3-0.6B method=lsr",
+            "polyrank train data=train.jsonl model=Qwen/Qwen3-0.6B method=mcl method.options.num_hypotheses=3",
+        ),
+    ),
     "run": (
         "a recipe, with key=value overrides; the same command again goes on where it stopped",
         (
@@ -94,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        resumable = own[:1] == ["run"] or own[:2] in (["gpl", "run"], ["gpl", "index"])
+        resumable = own[:1] in (["run"], ["train"]) or own[:2] in (["gpl", "run"], ["gpl", "index"])
         after = "; the same command goes on from what is saved" if resumable else ""
         print(f"polyrank: interrupted{after}", file=sys.stderr)
         return 130
@@ -165,7 +172,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     if args.command == "bench":
         args.arguments += rest
         return args
-    if args.command == "run" or getattr(args, "verb", None) == "run":  # overrides may stand on both sides of an option
+    if (
+        args.command in ("run", "train") or getattr(args, "verb", None) == "run"
+    ):  # overrides may stand on both sides of an option
         args.overrides += [text for text in rest if not text.startswith("-")]
         rest = [text for text in rest if text.startswith("-")]
     if rest:
@@ -205,6 +214,13 @@ def _parser() -> _Parser:
     run.add_argument("--cfg", choices=["job"], help="print the configuration and stop")
     run.add_argument("--config-dir", metavar="DIR", help="a folder of your own YAML: recipe/, method/, data/, model/")
     run.add_argument("--fresh", action="store_true", help="start over; the earlier run is kept beside the new one")
+
+    train = added["train"]
+    train.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="data=, model=, method=, training.max_steps= …"
+    )
+    train.add_argument("--cfg", choices=["job"], help="print the configuration and stop")
+    train.add_argument("--fresh", action="store_true", help="start over; the earlier run is kept beside the new one")
 
     added["list"].add_argument("what", type=_one_of(LISTS), metavar="WHAT", help=", ".join(LISTS))
     added["list"].add_argument("--config-dir", metavar="DIR", help="a folder of your own YAML")
@@ -279,7 +295,7 @@ def _parser() -> _Parser:
     bench.add_argument("name", nargs="?", metavar="NAME", help="default: list them")
     bench.set_defaults(arguments=[])
 
-    for name in ("demo", "run", "list", "evaluate", "generate", "export", "merge", "inspect", "report"):
+    for name in ("demo", "train", "run", "list", "evaluate", "generate", "export", "merge", "inspect", "report"):
         added[name].add_argument("--json", action="store_true", help="results as JSON")
     for name, command in added.items():
         if name not in ("bench", "gpl"):  # gpl's verbs have their own

@@ -117,6 +117,11 @@ def place(models_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(models_folder / "mcl", tmp_path / "adapter")
     shutil.copytree(models_folder / "lora", tmp_path / "lora")
+    shutil.copytree(
+        models_folder / "base", tmp_path / "Qwen" / "Qwen3-0.6B"
+    )  # a folder of the name goes before the hub
+    pairs = [{"prompt": "Once upon", "completion": text} for text in ("a time", "a little girl", "the dog")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     lines = [
         {"id": str(i), "input": "x", "candidates": ["a b c d", "a b"], "references": ["a b c d", "e f"]}
         for i in range(3)

@@ -16,6 +16,7 @@ from polyrank.recipes._frame.compose import check_overrides, options
 
 JSON = [
     "run recipe=markov/setup --cfg job --json",
+    "train data=train.jsonl model=Qwen/Qwen3-0.6B training.max_steps=1 --json",
     "list recipes --json",
     "evaluate predictions.jsonl --metrics oracle_bleu --json",
     "generate adapter --prompt Once --max-new-tokens 2 --json",

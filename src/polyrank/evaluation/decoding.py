@@ -51,7 +51,7 @@ class Decoded:
 def decode(
     model: Any,
     tokenizer: Any,
-    inputs: Sequence[str],
+    inputs: Sequence[str | Sequence[int]],
     method: str = "beam",
     *,
     num_candidates: int,
@@ -69,7 +69,7 @@ def decode(
         model: a causal transformers or PEFT model ("mcl": one with a LoRA-MCL adapter of K hypotheses, "moe_*": one
             with a LoRA-MoE adapter).
         tokenizer: its tokenizer, with a padding token.
-        inputs: prompts.
+        inputs: prompts, as text or as token ids (of a chat template, for instance).
         method: a name in DECODERS.
         num_candidates: K.
         budget: B beams an input; None means K.
@@ -84,7 +84,9 @@ def decode(
     """
     run, budget = _checked(method, num_candidates, budget, max_new_tokens)
     start = time.perf_counter()
-    prompts = encode_prompts(tokenizer, inputs)
+    texts = [prompt for prompt in inputs if isinstance(prompt, str)]
+    encoded = iter(encode_prompts(tokenizer, texts) if texts else ())
+    prompts = [next(encoded) if isinstance(prompt, str) else list(prompt) for prompt in inputs]
     check_room(model, [len(prompt) for prompt in prompts], max_new_tokens)
     generate = {"length_penalty": length_penalty, "repetition_penalty": repetition_penalty}
     generate |= _limits(tokenizer, max_new_tokens, tokenizer.eos_token_id)

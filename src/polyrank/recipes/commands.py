@@ -59,6 +59,14 @@ def run_command(args: Namespace) -> None:
         print(item.run_dir)
 
 
+def train_command(args: Namespace) -> None:
+    from ._train.command import train_overrides
+
+    run_command(
+        Namespace(**{**vars(args), "overrides": train_overrides(args.overrides), "config_dir": None, "multirun": False})
+    )
+
+
 def list_command(args: Namespace) -> None:
     from ._commands import catalogue
 
@@ -108,24 +116,20 @@ def _models(given: Sequence[str]) -> dict[str, str]:
 
 
 def generate_command(args: Namespace) -> None:
-    from ..data.causal_lm import prepare_tokenizer
     from ..evaluation.decoding import decode
-    from ._commands.saved import find_adapter, load_adapter, load_tokenizer
+    from ._commands.opened import open_model
+    from ._train.template import prompt_ids
 
-    saved = find_adapter(args.source, args.model)
-    K = saved.num_hypotheses or 1
-    if args.hypothesis is not None and args.hypothesis >= K:
-        raise ConfigError(f"--hypothesis {args.hypothesis}: the adapter has {K}, numbered from 0")
     if args.sample and args.num_beams > 1:
         raise ConfigError("--sample and --num-beams exclude each other")
-    method = "mcl" if saved.num_hypotheses else "sample" if args.sample else "beam"
+    opened = open_model(args.source, args.model, args.hypothesis)
+    K, kind = opened.num_hypotheses or 1, opened.template
+    method = "mcl" if opened.num_hypotheses else "sample" if args.sample else "beam"
     options = {"do_sample": True, "top_k": 0} if args.sample and method == "mcl" else {}
-    model = load_adapter(saved)
-    tokenizer = prepare_tokenizer(load_tokenizer(saved.folder, saved.base))
     decoded = decode(
-        model,
-        tokenizer,
-        args.prompt,
+        opened.model,
+        opened.tokenizer,
+        args.prompt if kind is None else prompt_ids(opened.tokenizer, kind, args.prompt),
         method,
         num_candidates=K,
         budget=K * args.num_beams,

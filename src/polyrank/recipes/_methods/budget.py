@@ -13,6 +13,8 @@ from .entry import MethodEntry, with_option
 from .preparation import PROCEDURES, lora_part, trained_part
 
 _LARGEST_OPTION = 1 << 16
+ANNEALED_TO = 0.01
+"""Temperature (nats per token) that annealed winner-takes-all, starting at 1, has come down to at the last step."""
 
 
 def config_type(adapter: str) -> type:
@@ -57,6 +59,8 @@ def adapter_config(method: MethodEntry, model: Encoder, *, head: bool, num_steps
         given["lora_alpha"] = method.alpha_per_rank * method.options.get("r", getattr(kind, "r", 8))
     if "total_steps" in known:
         given["total_steps"] = num_steps or 1
+    if "temperature_decay" in known:
+        given["temperature_decay"] = ANNEALED_TO ** (1 / (num_steps or 1))
     try:
         return kind(**{**given, **method.options})
     except (TypeError, ValueError) as error:

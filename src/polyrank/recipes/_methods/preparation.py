@@ -227,4 +227,13 @@ def base_trainer(model: Any) -> type:
         from ...compression.pat import PatTrainer
 
         return PatTrainer
+    kinds = {config.peft_type.value for config in getattr(model, "peft_config", {}).values()}
+    if "POLYRANK_MCL" in kinds:
+        from ...hypotheses import MclTrainer
+
+        return MclTrainer
+    if "POLYRANK_MOE" in kinds:
+        from ...routing import MoeTrainer
+
+        return MoeTrainer
     return Trainer

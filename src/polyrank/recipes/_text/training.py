@@ -60,7 +60,7 @@ def check_prompts(model: Any, tokenizer: Any, prompts: Sequence[str], max_new_to
 
 
 def trained_model(
-    config: TextSettings, base: Any, tokenizer: Any, pairs: Sequence[TextPair], run_dir: Path
+    config: TextSettings, base: Any, tokenizer: Any, pairs: Sequence[TextPair] | EncodedPairs, run_dir: Path
 ) -> tuple[Any, dict[str, Any]]:
     """The adapted model, trained (now, on from a checkpoint, or in an earlier sitting), and facts.
 
@@ -80,7 +80,7 @@ def trained_model(
         if config.method.has_adapter:
             return PeftModel.from_pretrained(base, str(folder)).eval(), facts
         return type(base).from_pretrained(str(folder)).eval(), facts
-    rows = encode_pairs(tokenizer, pairs, config.max_length)
+    rows = pairs if isinstance(pairs, EncodedPairs) else encode_pairs(tokenizer, pairs, config.max_length)
     steps = config.num_steps or (config.num_epochs or 1) * -(-len(rows) // config.batch_size)
     place = Place(run_dir, steps, rows, tokenizer)
     if trained and procedure is not None:

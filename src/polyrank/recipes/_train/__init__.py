@@ -1,0 +1,1 @@
+"""Parts of the recipe `train`: a user's own file."""

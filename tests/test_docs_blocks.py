@@ -11,6 +11,7 @@ import pytest
 
 from polyrank import cli
 from polyrank.recipes._frame.compose import check_overrides, compose
+from polyrank.recipes._train.command import train_overrides
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -57,7 +58,9 @@ def test_command_lines_are_understood(page, line):
         return
     if arguments[:2] == ["gpl", "run"]:
         overrides = ["recipe=gpl", *overrides]
-    if parsed.multirun:
+    if arguments[0] == "train":
+        overrides = train_overrides(overrides)
+    elif parsed.multirun:
         check_overrides(overrides, sweep=True)
         overrides = [first_of_sweep(text) for text in overrides if not text.startswith("hydra")]
     compose(check_overrides(overrides))

@@ -174,6 +174,10 @@ def prepare(page, line, place, request):
             "TEXT": "Once upon a",
             "FOLDER": "out" if "-o" in words else "FOLDER",
         }
+        stand_in |= {"FILE": "train.jsonl", "NAME": str(hub / "base"), "Qwen/Qwen3-0.6B": str(hub / "base")}
+        stand_in["runs/train/RUN"] = stand_in["RUN"]
+        pairs = [{"prompt": "Once upon", "completion": text} for text in ("a time", "a little girl")]
+        (place / "train.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
         for name in ("adapter", "lora"):
             shutil.copytree(hub / name, place / name)
         from safetensors.torch import load_file
@@ -221,6 +225,8 @@ HERE = [one for one in LINES if one in FIRST.values() and not one[1].startswith(
 
 def sizes(line, hub):
     """What is said of models and sizes; it replaces what the line says of the same keys."""
+    if line.startswith("polyrank train"):
+        return ["training.max_steps=2"]
     if not re.match(r"polyrank (run|gpl run)", line):
         return []
     small = [text for pattern, extra in SIZES if re.search(pattern, line) for text in extra]

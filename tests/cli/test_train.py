@@ -166,3 +166,38 @@ def test_goes_on_where_it_was_stopped(place, monkeypatch):
         load_file(place / f"runs/train/{name}/adapter/adapter_model.safetensors") for name in ("whole", "cut")
     )
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "mcl", "sara"])
+def test_a_run_that_diverges_ends_with_status_1_and_is_not_finished(place, monkeypatch, capsys, method):
+    monkeypatch.chdir(place)
+    given = [f"method={method}", "training.learning_rate=1e38", "training.max_steps=4", f"run_name=lost-{method}"]
+    assert train(place, *given) == 1
+    assert "step" in capsys.readouterr().err.strip().splitlines()[-1]
+    run = place / "runs" / "train" / f"lost-{method}"
+    assert not [file for name in ("finished", "result.json", "training.json") for file in run.rglob(name)]
+
+
+@pytest.mark.parametrize("method", ["sara", "codyra", "dylora", "mcl", "lora"])
+def test_steps_scheduled_are_steps_taken(place, monkeypatch, method):
+    """Six rows in batches of two, two batches a step: two steps an epoch, told to the method beforehand."""
+    from transformers import Trainer
+
+    taken = []
+    train_on = Trainer.train
+
+    def counted(self, *args, **kwargs):
+        result = train_on(self, *args, **kwargs)
+        config = self.model.peft_config["default"] if hasattr(self.model, "peft_config") else None
+        taken.append((self.state.global_step, self.state.max_steps, getattr(config, "total_steps", None)))
+        return result
+
+    monkeypatch.setattr(Trainer, "train", counted)
+    monkeypatch.chdir(place)
+    plan = ["training.num_train_epochs=3", "training.per_device_train_batch_size=2"]
+    assert (
+        train(place, f"method={method}", *plan, "training.gradient_accumulation_steps=2", f"run_name=s-{method}") == 0
+    )
+    ((steps, scheduled, told),) = taken
+    assert steps == scheduled == 6
+    assert told in (None, 6)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ...core.errors import ConfigError, check_choice
 from ...evaluation.metrics import METRICS
+from ...training.steps import optimizer_steps
 from .._e2e.config import METHODS, Decoding, Method
 from .processes import num_processes
 
@@ -102,8 +103,13 @@ class CaptionSettings:
 
     def total_steps(self, num_rows: int) -> int:
         """Optimiser steps for so many training rows; batch_size is that of one process."""
-        per_epoch = -(-num_rows // (self.batch_size * self.accumulation_steps * num_processes()))
-        return self.num_steps or (self.num_epochs or 1) * per_epoch
+        return self.num_steps or optimizer_steps(
+            num_rows,
+            epochs=self.num_epochs or 1,
+            batch_size=self.batch_size,
+            accumulation=self.accumulation_steps,
+            processes=num_processes(),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,16 +7,20 @@ before and after one would, in a run that was killed and resumed there, be the m
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
+from ...core.errors import PolyrankError, RunError
 from ...core.files import append_json_line, atomic_write, read_json_lines
 
 
 def training_log(path: Path, num_steps: int, memory: bool = False) -> Any:
-    """The callback. Each line: step, what the Trainer logs (loss or validation scores), train_s, time_s (seconds).
+    """The callback. It ends a run whose loss or trained weights are no longer finite (RunError).
+
+    Each line: step, what the Trainer logs (loss or validation scores), train_s, time_s (seconds).
 
     `train_s` is the time within optimiser steps alone, validation and saving left out; `callback.train_s` is that of
     all sittings, of which only the steps up to the checkpoint resumed from are counted. With `memory` the second step
@@ -46,6 +50,7 @@ def training_log(path: Path, num_steps: int, memory: bool = False) -> Any:
             return statistics.median(self.step_times[2:]) if len(self.step_times) > 2 else None
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            args.logging_nan_inf_filter = False  # it would log another figure in the place of NaN
             lines = read_json_lines(path) if path.exists() else []
             kept = [line for line in lines if line["step"] <= state.global_step]
             atomic_write(path, "".join(json.dumps(line) + "\n" for line in kept))
@@ -73,6 +78,8 @@ def training_log(path: Path, num_steps: int, memory: bool = False) -> Any:
             control.should_log = control.should_log or control.should_save
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            if "loss" in logs:
+                self.check_finite(state.global_step, kwargs["model"], logs["loss"])
             logs = {key: value for key, value in (logs or {}).items() if value == value}  # JSON knows no NaN
             if not state.is_world_process_zero or not ({"loss", "eval_loss"} & logs.keys()):
                 return
@@ -84,6 +91,15 @@ def training_log(path: Path, num_steps: int, memory: bool = False) -> Any:
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.stop()
+            self.check_finite(state.global_step, kwargs["model"])
+
+        def check_finite(self, step: int, model: Any, loss: float = 0.0) -> None:
+            """A line is written before every checkpoint: one of values that are not finite is never saved."""
+            bad = not_finite(model)
+            if bad is not None or not math.isfinite(loss):
+                self.bar.stop()
+                what = f"the loss is {loss}" if bad is None else f"{bad} is not finite"
+                raise _diverged(what, step)
 
     return Log()
 
@@ -94,4 +110,22 @@ def train_on(trainer: Any, folder: Path) -> None:
 
     last = newest_complete(folder) if folder.is_dir() else None
     stop_at_the_end(trainer)
-    trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(last) if last is not None else None)
+    except PolyrankError:
+        raise
+    except Exception as error:  # a decomposition of NaN, for instance: what broke is not what is wrong
+        bad = not_finite(trainer.model)
+        if bad is None:
+            raise
+        raise _diverged(f"{bad} is not finite", trainer.state.global_step) from error
+
+
+def not_finite(model: Any) -> str | None:
+    """The name of a trained parameter with a value that is not finite; None where all are finite."""
+    trained = ((name, value) for name, value in model.named_parameters() if value.requires_grad)
+    return next((name for name, value in trained if not value.detach().isfinite().all()), None)
+
+
+def _diverged(what: str, step: int) -> RunError:
+    return RunError(f"training diverged: {what} by step {step}; try a lower learning rate")

@@ -19,6 +19,7 @@ from ...core.files import atomic_write
 from ...core.seeding import derive_seed, preserved_torch_rng, seed_everything
 from ...data.glue import PARTS, LabelledText, get_task, read_parts
 from ...evaluation.glue_metrics import task_scores
+from ...training.steps import optimizer_steps
 from .._frame.training_log import train_on, training_log
 from .._methods.budget import adapter_config, check_targets, count_parameters, matched_method
 from .._methods.parts import changes_base, initialise, optimizer_arguments, save_adapter, trainer_class
@@ -156,8 +157,9 @@ def use_bf16(choice: bool | str) -> bool:
 
 def num_steps(config: Settings, rows: int) -> tuple[int, int]:
     """(optimiser steps, steps between two validations)."""
-    epoch = math.ceil(rows / (config.batch_size * config.gradient_accumulation_steps))
-    steps = config.num_steps if config.num_epochs is None else config.num_epochs * epoch
+    shape = {"batch_size": config.batch_size, "accumulation": config.gradient_accumulation_steps}
+    epoch = optimizer_steps(rows, epochs=1, **shape)
+    steps = config.num_steps if config.num_epochs is None else optimizer_steps(rows, epochs=config.num_epochs, **shape)
     return steps, min(config.eval_steps or epoch, steps)
 
 

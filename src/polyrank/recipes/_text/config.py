@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from ...core.errors import ConfigError
+from ...training.steps import optimizer_steps
 from .._e2e.config import ModelChoice
 from .._methods.entry import MethodEntry
 
@@ -94,6 +95,12 @@ class Optimization:
             raise ConfigError(f"learning_rate must be positive, got {self.learning_rate}")
         if not 0 <= self.label_smoothing < 1:
             raise ConfigError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}")
+
+    def total_steps(self, num_rows: int) -> int:
+        """Optimiser steps for so many training rows."""
+        return self.num_steps or optimizer_steps(
+            num_rows, epochs=self.num_epochs or 1, batch_size=self.batch_size, accumulation=self.accumulation_steps
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,7 +81,7 @@ def trained_model(
             return PeftModel.from_pretrained(base, str(folder)).eval(), facts
         return type(base).from_pretrained(str(folder)).eval(), facts
     rows = pairs if isinstance(pairs, EncodedPairs) else encode_pairs(tokenizer, pairs, config.max_length)
-    steps = config.num_steps or (config.num_epochs or 1) * -(-len(rows) // config.batch_size)
+    steps = config.total_steps(len(rows))
     place = Place(run_dir, steps, rows, tokenizer)
     if trained and procedure is not None:
         return procedure.reopen(base, place).eval(), facts
@@ -134,8 +134,7 @@ def train(
     from transformers import PrinterCallback, TrainingArguments
 
     folder = run_dir / "training"
-    per_step = plan.batch_size * plan.accumulation_steps
-    steps = plan.num_steps or plan.num_epochs * -(-len(rows) // per_step)  # type: ignore[operator]
+    steps = plan.total_steps(len(rows))
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,

@@ -129,10 +129,27 @@ def shapes(args: argparse.Namespace) -> Iterator[tuple[str, tuple[int, int], int
             yield name, shape, args.rounds if name == "768" else min(args.rounds, 5)
 
 
-def finish(name: str, rows: list[Row], args: argparse.Namespace, started: float, targets: Mapping[str, bool]) -> int:
-    """Write the record and say which targets were met."""
+def verdict(met: bool | None) -> str:
+    """What is said of a target: met, missed or not measured."""
+    return "not measured" if met is None else "met" if met else "missed"
+
+
+def at_most(ratios: Sequence[float], limit: float) -> bool | None:
+    """Whether the largest ratio lies within the limit; None where there is no ratio."""
+    return max(ratios) <= limit if ratios else None
+
+
+def worst(ratios: Sequence[float], inverse: bool = False) -> str:
+    """The largest ratio (or one over it) in words, for the text of a target; empty where there is none."""
+    return f": {1 / max(ratios) if inverse else max(ratios):.2f} at worst" if ratios else ""
+
+
+def finish(
+    name: str, rows: list[Row], args: argparse.Namespace, started: float, targets: Mapping[str, bool | None]
+) -> int:
+    """Write the record and say of each target whether it was met; None: nothing that it speaks of was measured."""
     for target, met in targets.items():
-        print(f"{'met ' if met else 'MISSED'}  {target}")
+        print(f"{verdict(met).upper() if met is False else verdict(met)}  {target}")
     record = new_record(
         f"bench-{name}",
         "bench",
@@ -140,7 +157,7 @@ def finish(name: str, rows: list[Row], args: argparse.Namespace, started: float,
         rows,
         config=vars(args),
         time_s=time.perf_counter() - started,
-        notes=[f"{'met' if met else 'missed'}: {target}" for target, met in targets.items()],
+        notes=[f"{verdict(met)}: {target}" for target, met in targets.items()],
     )
     print(write_record(record, args.output), file=sys.stderr)
     return 0

@@ -4,7 +4,7 @@ A run adapts a small pretrained language model to restaurant descriptions (E2E) 
 changed until it has as nearly as can be the parameters of LoRA of one rank, and measures
 
     nll           nats per token of the test inputs' references, end tokens included
-    forgetting    nats per token of texts of the old task (TinyStories), after training minus before
+    forgetting    nats per token of texts of the old task, after training minus before
     step time     median of the optimiser steps of this sitting, the first two left out
     peak memory   model, optimiser state and the peak of one step's allocations above them
 
@@ -49,10 +49,6 @@ COLUMNS = {
     "train_time_s": Metric("s", None, "training"),
     "old_nll": Metric("nats per token", None, "NLL of the old task"),
 }
-NOTES = (
-    "NLL: references of E2E's test inputs. Forgetting: rise of the NLL of TinyStories, which the base was trained on.",
-    "Peak memory: model, optimiser state, and what one step allocates above them.",
-)
 BREAK = "<|endoftext|>"
 
 
@@ -167,6 +163,7 @@ def run_one(config: MethodsConfig, run_dir: Path) -> Record:
     details = {
         "training": training,
         "old_nll_before": before,
+        "num_inputs": len(examples),
         "num_references": sum(len(e.references) for e in examples),
     }
     record = make_record(config, figures, details, budget, time.perf_counter() - start)
@@ -184,12 +181,20 @@ def make_record(
 ) -> Record:
     """One row; what could not be measured is left out of it."""
     shown = {key: round(figures[key], 6) for key in COLUMNS if figures.get(key) is not None}  # type: ignore[arg-type]
-    notes = list(NOTES)
-    if details["old_nll_before"] is not None:
-        notes.append(f"NLL of the old task before training: {details['old_nll_before']:.3f}.")
+    part = config.data.test or "held-out"
+    notes = [f"NLL: all references of {details['num_inputs']} {part} inputs of {config.data.name}."]
+    if details["old_nll_before"] is not None and config.retention is not None:
+        notes.append(
+            f"Forgetting: rise of the NLL of the texts in {config.retention.name};"
+            f" before training it was {details['old_nll_before']:.3f}."
+        )
+    if "peak_memory_bytes" in shown:
+        notes.append("Peak memory: model, optimiser state, and what one step allocates above them.")
     if budget is not None:
+        size = config.batch_size * config.accumulation_steps
+        length = f"{config.num_steps} steps" if config.num_steps else f"{config.num_epochs} epochs"
         rank = f" (LoRA of rank {config.match_lora_rank})" if config.match_lora_rank else ""
-        notes.append(f"Budget: {budget:,} trainable parameters{rank}, {config.num_steps} steps of {config.batch_size}.")
+        notes.append(f"Budget: {budget:,} trainable parameters{rank}, {length} of {size} rows.")
     return new_record(
         "methods",
         "run",

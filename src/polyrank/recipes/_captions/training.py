@@ -13,6 +13,7 @@ from ...core.errors import ConfigError
 from ...core.files import atomic_write
 from ...core.seeding import derive_seed, seed_everything
 from .._frame.training_log import train_on, training_log
+from .._methods.targets import check_targets
 from .config import CaptionSettings, OneRun
 from .processes import first_process, part
 
@@ -79,6 +80,7 @@ def trained_model(
         device = "cuda" if torch.cuda.is_available() else "cpu"  # where the Trainer would have left it
         return PeftModel.from_pretrained(base, str(folder)).to(device).eval(), facts
     seed_everything(derive_seed(config.seed, "adapter"))
+    check_targets(base, target_modules, "model.target_modules")
     try:
         model = get_peft_model(base, adapter_config(config, len(rows), target_modules))
     except ValueError as error:

@@ -15,6 +15,7 @@ from ...data.causal_lm import EncodedPairs, encode_pairs, padding_collator, prep
 from ...data.e2e import read_pairs
 from ...data.llama2c import cached_llama2c
 from .._frame.training_log import train_on, training_log
+from .._methods.targets import check_targets
 from .config import E2eConfig
 
 MARKER = "training.json"
@@ -109,6 +110,7 @@ def trained_model(config: E2eConfig, run_dir: Path) -> tuple[Any, Any, dict[str,
         return PeftModel.from_pretrained(base, str(folder)).eval(), tokenizer, facts
     rows = training_rows(config, tokenizer)
     seed_everything(derive_seed(config.seed, "adapter"))
+    check_targets(base, config.model.target_modules, "model.target_modules")
     model = get_peft_model(base, adapter_config(config))
     seconds = _train(config, model, tokenizer, rows, run_dir)
     model.save_pretrained(str(folder))

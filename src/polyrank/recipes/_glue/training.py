@@ -21,9 +21,10 @@ from ...data.glue import PARTS, LabelledText, get_task, read_parts
 from ...evaluation.glue_metrics import task_scores
 from ...training.steps import optimizer_steps
 from .._frame.training_log import train_on, training_log
-from .._methods.budget import adapter_config, check_targets, count_parameters, matched_method
+from .._methods.budget import adapter_config, count_parameters, matched_method
 from .._methods.parts import changes_base, initialise, optimizer_arguments, save_adapter, trainer_class
 from .._methods.preparation import PROCEDURES, Place, prepare
+from .._methods.targets import check_targets
 from .config import Encoder, GlueConfig, GlueData, Settings
 
 MARKER = "training.json"

@@ -16,7 +16,8 @@ from ...retrieval.dense import load_encoder, mark_queries_only
 from ...retrieval.mine import row_text
 from ...retrieval.store import Rows
 from .._frame.training_log import train_on, training_log
-from .._methods.budget import check_targets, config_type
+from .._methods.budget import config_type
+from .._methods.targets import check_targets
 from .config import FULL, GplConfig
 from .stages import Prepared
 

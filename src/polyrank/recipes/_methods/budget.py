@@ -67,17 +67,6 @@ def adapter_config(method: MethodEntry, model: Encoder, *, head: bool, num_steps
         raise ConfigError(f"method {method.name!r}: {str(error).splitlines()[0]}") from error
 
 
-def check_targets(base: Any, targets: str | Sequence[str], field: str) -> None:
-    """Raise ConfigError for the first name in a list that is no module of the model (regular expressions: PEFT's)."""
-    if isinstance(targets, str):
-        return
-    modules = [name for name, _ in base.named_modules() if name]
-    for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name in modules):
-            known = {name.rsplit(".", 1)[-1] for name in modules}
-            raise ConfigError(name_message(f"module in {field}", target, {n for n in known if not n.isdigit()}))
-
-
 def count_parameters(model: Any, heads: Sequence[str]) -> dict[str, int]:
     """Trainable parameters: all, those of the head, and the others (the adapter's; the encoder's if it is trained)."""
     parts = {"trainable_parameters": 0, "head_parameters": 0}

@@ -17,10 +17,11 @@ from ...data.causal_lm import EncodedPairs, TextPair, encode_pairs, encode_promp
 from ...evaluation.decoding import check_room
 from .._e2e.training import MARKER, base_folder, load_base, load_tokenizer
 from .._frame.training_log import train_on, training_log
-from .._methods.budget import adapter_config, check_targets, matched_method
+from .._methods.budget import adapter_config, matched_method
 from .._methods.entry import MethodEntry
 from .._methods.parts import changes_base, initialise, optimizer_arguments, save_adapter, trainer_class
 from .._methods.preparation import PROCEDURES, Place, base_trainer, prepare
+from .._methods.targets import check_targets
 from .config import Optimization, TextSettings
 from .scratch_model import scratch_folder
 

@@ -24,6 +24,15 @@ def test_a_ranking_worked_by_hand():
     assert mean["P@2"] == 0.5
 
 
+def test_a_document_with_the_querys_own_identifier_is_in_no_ranking():
+    """Worked by hand: with itself at rank 1 the query would have 1 / log2(3) = .63."""
+    mean = evaluate({"a": ["a", "b"]}, {"a": {"b": 1}}, ["nDCG@10", "MRR", "P@1"]).mean
+    assert mean == {"nDCG@10": 1.0, "MRR": 1.0, "P@1": 1.0}
+    judged = match_qrels({"a": {"a": 1, "b": 1}, "q": {"b": 1}}, {"a", "q"}, {"a", "b"})
+    assert judged.own == ("a",)
+    assert "1 queries, as 'a', have a relevant document with their own identifier" in judged.notes()[0]
+
+
 def slow_measures(ranking, grades, k):
     gains = [max(grades.get(document, 0), 0) for document in ranking]
     best = sorted((grade for grade in grades.values() if grade > 0), reverse=True)

@@ -203,10 +203,29 @@ def test_negatives_equal_brute_force_and_hold_no_positive(tmp_path):
         expected = []
         for scores in (docs @ vectors[number], lexical[number]):
             order = [i for i in sorted(range(200), key=lambda i: (-scores[i], i)) if i not in positives]
-            expected += [f"d{i}" for i in order[:10] if f"d{i}" not in expected]
+            order = [i for i in order[:10] if scores is not lexical[number] or scores[i] > 0]
+            expected += [f"d{i}" for i in order if f"d{i}" not in expected]
         assert row["negatives"] == expected
     assert counts["negatives"] == sum(len(row["negatives"]) for row in found)
     assert counts["rows"] == 30
+
+
+def test_bm25_mines_no_document_without_a_common_word_and_no_retriever_mines_the_query_itself(tmp_path):
+    texts = {"a": "blue whale", "b": "whale song", "c": "stone bridge", "d": "iron bridge", "whale": "whale oil"}
+    corpus = rows_file(tmp_path / "c", [{"_id": key, "title": "", "text": text} for key, text in texts.items()])
+    asked = [
+        {"_id": "whale", "text": "whale", "documents": ["a"]},
+        {"_id": "q", "text": "zebra", "documents": ["a"]},
+        {"_id": "b", "text": "bridge", "documents": ["c"]},
+    ]
+    queries = rows_file(tmp_path / "q", asked)
+    found, counts = made(NegativeWork(corpus, queries, {}, bm25=True, k=3))
+    assert [row["negatives"] for row in found] == [["b"], [], ["d"]]
+    assert counts["queries_without_negative"] == 1
+    np.save(tmp_path / "v.npy", np.eye(5, dtype=np.float32))
+    np.save(tmp_path / "w.npy", np.ones((3, 5), dtype=np.float32))
+    dense, _ = made(NegativeWork(corpus, queries, {"d": (tmp_path / "v.npy", tmp_path / "w.npy")}, bm25=False, k=3))
+    assert [row["negatives"] for row in dense] == [["b", "c", "d"], ["b", "c", "d"], ["a", "d", "whale"]]
 
 
 def test_the_union_keeps_order_and_k_after_the_positives_are_out():

@@ -10,7 +10,7 @@ import pytest
 
 from polyrank.core.errors import CheckpointError, ConfigError
 from polyrank.core.files import sha256
-from polyrank.retrieval.store import Rows, Store, stage_key
+from polyrank.retrieval.store import FORMAT, Rows, Store, stage_key
 
 
 class Squares:
@@ -97,7 +97,7 @@ def test_another_format_is_refused(tmp_path):
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["stages"].popitem()[1]["counts"] == {"even": 1, "rows": 2}
     (tmp_path / "manifest.json").write_text(json.dumps({"format": 0, "stages": {}}))
-    with pytest.raises(CheckpointError, match="has format 0, this version reads 1; give another run folder"):
+    with pytest.raises(CheckpointError, match=f"has format 0, this version reads {FORMAT}; give another run folder"):
         Store(tmp_path)
 
 

@@ -1,9 +1,11 @@
 """How good rankings are, and whether one system is better than another: pure functions on rankings and judgements.
 
 Measures come from ir-measures (which asks trec_eval): nDCG with linear gain, MAP, Recall, MRR. A query that a system
-gives no ranking for counts as 0. Systems are compared query by query with a sign-flip permutation test: under the null
-hypothesis the difference of a query has either sign with equal chance; exact for up to 13 differing queries, 9,999
-random flips above that. (Source: Smucker, Allan & Carterette 2007, who find it and the t-test in agreement.)
+gives no ranking for counts as 0. A document with the query's own identifier is left out of its ranking, as BEIR does:
+where queries are documents of the corpus, each would find itself. Systems are compared query by query with a sign-flip
+permutation test: under the null hypothesis the difference of a query has either sign with equal chance; exact for up to
+13 differing queries, 9,999 random flips above that. (Source: Smucker, Allan & Carterette 2007, who find it and the
+t-test in agreement.)
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Judgements:
         unknown_queries, unknown_documents: id -> number of qrels lines that name it though it is not there.
         unanswerable: queries with judgements but no relevant document in the corpus; no ranking could score.
         unjudged: number of queries without any judgement.
+        own: queries whose judgements name the document with their own identifier relevant, which no ranking holds.
     """
 
     qrels: dict[str, dict[str, int]]
@@ -41,6 +44,7 @@ class Judgements:
     unknown_documents: dict[str, int] = field(default_factory=dict)
     unanswerable: tuple[str, ...] = ()
     unjudged: int = 0
+    own: tuple[str, ...] = ()
 
     def notes(self) -> list[str]:
         """One sentence for everything that was left out."""
@@ -49,7 +53,13 @@ class Judgements:
             (sum(self.unknown_documents.values()), "qrels lines name an unknown document", self.unknown_documents),
             (len(self.unanswerable), "judged queries have no relevant document in the corpus", self.unanswerable),
         ]
-        return [f"left out: {number} {text}, such as {min(ids)!r}" for number, text, ids in counts if number]
+        notes = [f"left out: {number} {text}, such as {min(ids)!r}" for number, text, ids in counts if number]
+        if self.own:
+            notes.append(
+                f"{len(self.own)} queries, as {min(self.own)!r}, have a relevant document with their own identifier,"
+                " which is in no ranking (as in BEIR); give them other identifiers if they are not those documents"
+            )
+        return notes
 
 
 def match_qrels(qrels: Qrels, queries: Collection[str], documents: Collection[str]) -> Judgements:
@@ -81,7 +91,8 @@ def match_qrels(qrels: Qrels, queries: Collection[str], documents: Collection[st
             f" unknown, {sum(no_document.values())} judgements of unknown documents"
         )
     unjudged = sum(query not in qrels for query in queries)
-    return Judgements(kept, no_query, no_document, tuple(unanswerable), unjudged)
+    own = tuple(query for query, grades in kept.items() if grades.get(query, 0) > 0)
+    return Judgements(kept, no_query, no_document, tuple(unanswerable), unjudged, own)
 
 
 @dataclass(frozen=True)
@@ -106,7 +117,7 @@ def evaluate(rankings: Rankings, qrels: Qrels, measures: Sequence[str] = MEASURE
     parsed = {parse_measure(name): name for name in measures}
     run = {}
     for query in qrels:
-        ranking = list(rankings.get(query, ()))
+        ranking = without_own(query, rankings.get(query, ()))
         if len(set(ranking)) != len(ranking):
             raise DataError(f"the ranking of query {query!r} holds a document twice")
         run[query] = {document: float(-place) for place, document in enumerate(ranking)}  # no ties are left to break
@@ -115,6 +126,11 @@ def evaluate(rankings: Rankings, qrels: Qrels, measures: Sequence[str] = MEASURE
     for value in ir_measures.iter_calc(list(parsed), plain, run):
         per_query[parsed[value.measure]][value.query_id] = float(value.value)
     return Scores(per_query)
+
+
+def without_own(query: str, ranking: Sequence[str]) -> list[str]:
+    """The ranking without the document that has the query's own identifier."""
+    return [document for document in ranking if document != query]
 
 
 def parse_measure(name: str) -> Any:

@@ -1,5 +1,8 @@
 """Hard negatives: for every query the nearest documents of several retrievers, united, without its positives.
 
+A document with the query's own identifier is no negative, as BEIR has it, nor is one that shares no word with the query
+(BM25's score 0): among those the order of the corpus alone would decide.
+
 Each retriever gives its top k after the positives are taken out (the reference takes out of the top k, so gives one
 less). The union keeps the retrievers' order and holds no document twice. Exact; ties go to the lower index.
 Source: GPL (Wang et al. 2022), stage 3.
@@ -89,15 +92,17 @@ class NegativeWork:
     def __call__(self, part: int, file: BinaryIO) -> Mapping[str, int]:
         start, end = part * self.part_size, min((part + 1) * self.part_size, len(self.queries))
         rows = self.queries[start:end]
-        positives = [{self._position[one] for one in row["documents"]} for row in rows]
-        lists: list[np.ndarray] = []
+        left_out = [{*row["documents"], row["_id"]} for row in rows]
+        positives = [{self._position[one] for one in out if one in self._position} for out in left_out]
+        lists: list[Sequence[np.ndarray]] = []
         most = max(map(len, positives))
         for documents, queries in self.vectors.values():
             vectors = np.load(queries, mmap_mode="r", allow_pickle=False)[start:end]
             docs = np.load(documents, mmap_mode="r", allow_pickle=False)
             lists.append(exact_top_k(vectors, docs, self.k + most)[0])
         if self.bm25:
-            lists.append(self._lexical.search([row["text"] for row in rows], self.k + most)[0])
+            ids, scores = self._lexical.search([row["text"] for row in rows], self.k + most)
+            lists.append([row[values > 0] for row, values in zip(ids, scores, strict=True)])
         counts = {"rows": len(rows), "negatives": 0, "queries_without_negative": 0}
         for number, row in enumerate(rows):
             found = united([ranking[number] for ranking in lists], positives[number], self.k)

@@ -30,7 +30,7 @@ from ..core.errors import CheckpointError, DataError
 from ..core.files import atomic_path, atomic_write, parse_json, read_bytes
 from .engine import run_parts
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the content of a stage changes for equal settings."""
 
 

@@ -39,6 +39,7 @@ from ...retrieval.evaluate import (
     match_qrels,
     metric_columns,
     parse_measure,
+    without_own,
 )
 from ...retrieval.index import adapter_hash, identify
 from ...retrieval.lexical import Bm25Index
@@ -47,6 +48,8 @@ from .search import encoder_parts, index_corpus, is_whole_model, run_settings
 
 _log = logging.getLogger("polyrank")
 TIMED_QUERIES = 50
+RANKING = 2
+"""Raised when rankings change for equal encoder, corpus, queries and depth."""
 BM25_SETTINGS = "lucene k1 1.5 b 0.75 english"
 BASE_INDEX = ".index-base"
 BASELINES = {"zero-shot": "p_zero_shot", "BM25": "p_bm25"}
@@ -197,13 +200,13 @@ def _bm25(collection: Collection, out: Path, depth: int) -> dict[str, Any]:
     def make() -> dict[str, Any]:
         index = Bm25Index.build([document_text(document) for document in read_corpus(collection.path)])
         queries, times = list(collection.queries.values()), []
-        ids, scores = index.search(queries, depth)
+        ids, scores = index.search(queries, depth + 1)
         for query in queries[:TIMED_QUERIES]:
             start = time.perf_counter()
             index.search([query], 10)
             times.append(time.perf_counter() - start)
         found = [row[values > 0] for row, values in zip(ids, scores, strict=True)]  # 0: no word in common
-        return {"rankings": _named(collection, found), "costs": {"latency_ms": _median(times) * 1e3}}
+        return {"rankings": _named(collection, found, depth), "costs": {"latency_ms": _median(times) * 1e3}}
 
     return _kept(out, "BM25", [collection.digest, depth, BM25_SETTINGS], make)
 
@@ -224,24 +227,28 @@ def _dense(
         folder = out / (BASE_INDEX if kept else ".index")
         index = index_corpus(collection.path, folder, model, None if kept else adapter, batch_size=batch, quiet=quiet)
         queries = list(collection.queries.values())
-        found, _ = index.search(encode_corpus(encoder, queries, batch), depth)
+        found, _ = index.search(encode_corpus(encoder, queries, batch), depth + 1)
         searcher = Searcher(index, encoder, index.manifest.encoder)
         costs = {"latency_ms": searcher.latency_ms(queries[:TIMED_QUERIES]), "index_bytes": index.size_bytes}
         if not kept:
             shutil.rmtree(folder)
-        return {"rankings": _named(collection, found), "costs": costs}
+        return {"rankings": _named(collection, found, depth), "costs": costs}
 
     sides = ["queries"] if queries_only else []
     return _kept(out, name, [collection.digest, depth, identity.weights, identity.adapter, *sides], make)
 
 
-def _named(collection: Collection, found: Sequence[Any]) -> dict[str, list[str]]:
-    return {query: [collection.ids[i] for i in row] for query, row in zip(collection.queries, found, strict=True)}
+def _named(collection: Collection, found: Sequence[Any], depth: int) -> dict[str, list[str]]:
+    """`depth` documents for each query, out of one more: its own is none of them."""
+    return {
+        query: without_own(query, [collection.ids[i] for i in row])[:depth]
+        for query, row in zip(collection.queries, found, strict=True)
+    }
 
 
 def _kept(out: Path, name: str, key: Sequence[Any], make: Any) -> dict[str, Any]:
     """The entry of that key in rankings/, made and written if it is not there."""
-    digest = hashlib.sha256(json.dumps(list(key)).encode()).hexdigest()[:16]
+    digest = hashlib.sha256(json.dumps([RANKING, *key]).encode()).hexdigest()[:16]
     file = out / "rankings" / f"{re.sub(r'[^A-Za-z0-9._-]+', '-', name)}-{digest}.json"
     if file.is_file():
         try:

@@ -210,3 +210,22 @@ def test_likelihoods_of_each_hypothesis_are_those_of_its_merged_model(hypotheses
             assert [sums[k] for sums in row] == pytest.approx([sums[0] for sums in other], abs=1e-3)
         mine = own_scores(single, tokenizer, prompts, candidates)
         assert [row[k] for row in scores] == pytest.approx([row[k] for row in mine], abs=1e-4)
+
+
+@pytest.mark.parametrize("setting", ["min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_p", "temperature"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_samples_follow_the_named_settings_alone(model, tokenizer, setting, adapted):
+    """A model whose own generation config cuts the distribution samples as one whose config does not."""
+    import copy
+
+    plain, cut = copy.deepcopy(model), copy.deepcopy(model)
+    setattr(cut.generation_config, setting, 0.02 if setting == "temperature" else 0.5)
+    if adapted:
+        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        plain, cut = get_peft_model(plain, config), get_peft_model(cut, config)
+    given = {"num_candidates": 8, "max_new_tokens": 6, "seed": 0}
+    before = getattr(cut.generation_config, setting)
+    written = [decode(one, tokenizer, ["a b", "c"], "sample", **given).candidates for one in (plain, cut)]
+    assert written[0] == written[1]
+    assert getattr(cut.generation_config, setting) == before  # the model is left as it was
+    assert len(set(written[0][0])) > 1

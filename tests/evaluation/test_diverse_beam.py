@@ -8,7 +8,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, T5Config, T5ForConditionalGeneration
 
 from polyrank.core.errors import ConfigError
-from polyrank.evaluation.diverse_beam import diverse_beam_generate
+from polyrank.evaluation.diverse_beam import _choose, diverse_beam_generate
 
 PAD = 16
 IDS = torch.tensor([[PAD, 3, 4, 5], [PAD, PAD, 7, 2], [9, 8, 7, 6]])
@@ -195,3 +195,19 @@ def test_without_cache_and_for_an_encoder_decoder():
 def test_wrong_settings(more, match):
     with pytest.raises(ConfigError, match=match):
         run(tiny(0), **{"num_beams": 6, "num_groups": 3, "diversity_penalty": 0.5, "max_new_tokens": 2, **more})
+
+
+@pytest.mark.parametrize(("penalty", "second"), [(0.1, 0), (0.12, 1)])
+def test_a_repetition_penalty_acts_on_what_the_diversity_penalty_has_left(penalty, second):
+    """By hand, as transformers 4.50 orders them: log .5 = -.693, and 1.5 (-.693 - lambda) = -1.190 or -1.220 lies on
+    both sides of log .3 = -1.204. The other order, -1.040 - lambda, would choose token 0 both times."""
+
+    def repetition(rows, scores):
+        return torch.where(torch.arange(3) == rows[:, :1], scores * 1.5, scores)
+
+    log_probs = torch.tensor([0.5, 0.3, 0.2]).log().expand(1, 2, 1, 3)
+    rows, zero = torch.zeros(2, 1, dtype=torch.long), torch.zeros(1, 2, 1)
+    tokens, _, scores, _ = _choose(rows, log_probs, repetition, zero, zero[..., 0].bool(), None, penalty)
+    assert tokens.flatten().tolist() == [0, second]
+    expected = (torch.tensor(0.5).log() - penalty) * 1.5 if second == 0 else torch.tensor(0.3).log()
+    torch.testing.assert_close(scores.flatten(), torch.stack([torch.tensor(0.5).log() * 1.5, expected]))

@@ -138,3 +138,26 @@ def test_accuracy_is_a_share_in_percent():
 def test_a_reference_without_a_number_is_refused():
     with pytest.raises(DataError, match="gives no number"):
         gsm8k_correct("4", "none")
+
+
+@pytest.mark.parametrize(
+    ("output", "gold"),
+    [
+        ("#### 1e3", "#### 1000"),
+        ("The answer is 2.5E-1", "#### 0.25"),
+        ("The answer is ½", "#### 0.5"),
+        ("The answer is 2½ cups", "#### 2.5"),
+        ("#### ¾", "#### 0.75"),
+        ("#### 1\u202f250", "#### 1,250"),  # a narrow no-break space
+        ("#### 12\u2009000", "#### 12000"),  # a thin space
+        ("#### 1\u00a0000\u00a0000", "#### 1000000"),
+        ("#### 4\u200b2", "#### 42"),  # a space of no width
+    ],
+)
+def test_numbers_as_typesetters_and_calculators_write_them(output, gold):
+    assert gsm8k_correct(output, gold)
+
+
+@pytest.mark.parametrize("output", ["There are 3 250 gram bags: #### 3", "She has 2 eggs", "3e and 3 e3"])
+def test_what_is_no_such_number_stays_apart(output):
+    assert not gsm8k_correct(output, "#### 3000")

@@ -130,7 +130,7 @@ def _search(options: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of generate from the options of a decoder that runs K times: its beams, or `sampling` by name."""
     options = dict(options)
     if (name := options.pop("sampling", None)) is None:
-        return {"do_sample": False, **options}
+        return {**_sampling({}), **options} if options.get("do_sample") else {"do_sample": False, **options}
     if name not in SAMPLERS:
         raise unknown_name("sampling", name, SAMPLERS)
     return {**_sampling(SAMPLERS[name]), **options}

@@ -10,6 +10,7 @@ on), so what the model evaluated is counted and returned too.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ __all__ = [
     "pad_left",
     "to_text",
 ]
+
+MODELS_SAMPLERS = ("min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 
 
 @dataclass(frozen=True)
@@ -175,13 +178,20 @@ def _limits(tokenizer: Any, max_new_tokens: int, ends: int | Sequence[int]) -> d
 
 @contextmanager
 def _ready(model: Any, seed: int | None, options: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Evaluation mode, the seed, and the routing that the options name; gives the options that are the method's."""
+    """Evaluation mode, the seed, no sampling settings of the model's own, and the routing that the options name; gives
+    the options that are the method's."""
     options = dict(options)
     router, top_k = options.pop("router", None), options.pop("router_top_k", None)
     if seed is not None:
         torch.manual_seed(seed)
     was_training = model.training
     model.eval()
+    from ..hypotheses.prepared import base_of
+
+    base = base_of(model)
+    usual = getattr(base, "generation_config", None)
+    if usual is not None:
+        base.generation_config = _without_samplers(usual)
     try:
         if router is None:
             if top_k is not None:
@@ -194,6 +204,18 @@ def _ready(model: Any, seed: int | None, options: dict[str, Any]) -> Iterator[di
                 yield options
     finally:
         model.train(was_training)
+        if usual is not None:
+            base.generation_config = usual
+
+
+def _without_samplers(config: Any) -> Any:
+    """A model's generation config without those of its settings that cut the distribution beside the ones named here:
+    generate fills what a call leaves open from it, so that `sample` would not sample by its own settings alone."""
+    config = copy.deepcopy(config)
+    for name in MODELS_SAMPLERS:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    return config
 
 
 def _candidates(run: Decoder, model: Any, tokenizer: Any, request: Request) -> list[list[str]]:

@@ -113,9 +113,9 @@ def _diverse_beam_search(
             outputs, model_kwargs, is_encoder_decoder=model.config.is_encoder_decoder
         )
         log_probs = outputs.logits[:, -1].to(torch.float32, copy=True).log_softmax(-1)
-        log_probs = logits_processor(flat, log_probs).view(batch, groups, size, -1)
+        log_probs = log_probs.view(batch, groups, size, -1)
         step += 1
-        chosen, parents, scores, ended = _choose(log_probs, scores, done, ends, penalty)
+        chosen, parents, scores, ended = _choose(flat, log_probs, logits_processor, scores, done, ends, penalty)
         best = torch.stack([group_scores[:, 0] for _, _, group_scores, _ in ended], 1)
         for g, (parent, token, group_scores, hit) in enumerate(ended):
             rows = _take(running[:, g], parent)
@@ -138,11 +138,15 @@ def _diverse_beam_search(
 
 
 def _choose(
-    log_probs: Tensor, scores: Tensor, done: Tensor, ends: Tensor | None, penalty: float
+    rows: Tensor, log_probs: Tensor, process: Any, scores: Tensor, done: Tensor, ends: Tensor | None, penalty: float
 ) -> tuple[Tensor, Tensor, Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
     """Group after group, the best continuations under the penalty.
 
-    Args: log_probs (batch, G, b, V); scores (batch, G, b); done (batch, G).
+    The penalty comes before the logits processors, as in transformers 4: a repetition penalty multiplies what the
+    diversity penalty has left. Processors see the rows of all groups, which some of them count.
+
+    Args: rows (batch G b, t) written so far; log_probs (batch, G, b, V); process: (rows, scores (rows, V)) -> scores;
+        scores (batch, G, b); done (batch, G).
     Returns: tokens, parents (which beam of the group) and scores of the beams that run on, each (batch, G, b); and for
         each group (parents, tokens, scores, is an end token) of its candidates, best first, each (batch, (1 + ends) b).
     """
@@ -151,7 +155,10 @@ def _choose(
     used = torch.zeros(batch, vocabulary, dtype=log_probs.dtype, device=log_probs.device)
     tokens, parents, kept, candidates = [], [], [], []
     for g in range(groups):
-        total = log_probs[:, g] - penalty * used[:, None] + scores[:, g, :, None]
+        penalised = log_probs.clone()
+        penalised[:, g] -= penalty * used[:, None]
+        processed = process(rows, penalised.flatten(0, 2)).view(log_probs.shape)[:, g]
+        total = processed + scores[:, g, :, None]
         value, index = total.flatten(1).topk(min(keep, size * vocabulary), dim=1)
         parent, token = index // vocabulary, index % vocabulary
         hit = torch.isin(token, ends) if ends is not None else torch.zeros_like(token, dtype=torch.bool)

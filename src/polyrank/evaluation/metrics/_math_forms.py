@@ -9,6 +9,7 @@ for 2\sqrt{3}. Here those stay different, as there. Differs from there: numbers 
 from __future__ import annotations
 
 import re
+import unicodedata
 from fractions import Fraction
 
 _SPACES = re.compile(r"\\[!,;: ]|~|\\quad|\\qquad|\\displaystyle|\\limits")
@@ -19,6 +20,9 @@ _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?|°")
 _SIDE = re.compile(r"^(?:[A-Za-z](?:_\{?\w+\}?)?(?:\([A-Za-z]\))?)\s*(?:=|\\in)\s*")
 _THOUSANDS = re.compile(r"(?<![\d.])\d{1,3}(?:,\d{3})+(?!\d)")
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)"
+_SCIENTIFIC = re.compile(rf"[-+]?{_NUMBER}[eE][-+]?\d{{1,3}}")
+_WHITE = re.compile("[\u00a0\u2000-\u200a\u202f\u205f\u3000]")  # no-break, thin and other spaces of typesetting
+_UNSEEN = re.compile("[\u200b-\u200d\u2060\ufeff]")
 _FRACTION = re.compile(rf"([-+]?)({_NUMBER})?\\frac\{{([-+]?{_NUMBER})\}}\{{([-+]?{_NUMBER})\}}")
 _PAIRS = {"(": ")]", "[": ")]"}
 
@@ -34,9 +38,24 @@ def same_answer(first: str, second: str) -> bool:
     return _same_entries(first, second)
 
 
+def plain_signs(text: str) -> str:
+    """Typeset signs as they are typed: spaces of any width as a space, no joiners, one half as 1/2, 2 and a half as
+    2 1/2, the minus sign as a hyphen."""
+    text = _UNSEEN.sub("", _WHITE.sub(" ", text.replace("−", "-")))
+    written = []
+    for sign in text:
+        form = unicodedata.normalize("NFKC", sign) if unicodedata.decomposition(sign).startswith("<fraction>") else ""
+        if "\u2044" in form and not form.endswith("\u2044"):
+            space = " " if written and written[-1][-1:].isdigit() else ""
+            written.append(space + form.replace("\u2044", "/"))
+        else:
+            written.append(sign.replace("\u2044", "/"))
+    return "".join(written)
+
+
 def normal_form(text: str) -> str:
     """One spelling for all of an answer: no spaces, units, degree, currency or percent signs, no delimiters."""
-    text = text.strip().replace("−", "-").replace("\\\\", "\0")  # \\ ends a matrix row
+    text = plain_signs(text).strip().replace("\\\\", "\0")  # \\ ends a matrix row
     for left, right in (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$")):
         if text.startswith(left) and text.endswith(right) and len(text) > len(left):
             text = text[len(left) : -len(right)].strip()
@@ -60,6 +79,8 @@ def value(form: str) -> Fraction | None:
     """The rational number that a normal form is; None for anything else."""
     if re.fullmatch(rf"[-+]?{_NUMBER}", form):
         return Fraction(form)
+    if _SCIENTIFIC.fullmatch(form):
+        return Fraction(form)  # 1e3, 2.5E-4
     match = _FRACTION.fullmatch(form)
     if match is None:
         mixed = re.fullmatch(r"([-+]?)(\d+)\+(\d+)/(\d+)", form)

@@ -19,14 +19,14 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from ...core.errors import DataError
-from ._math_forms import normal_form, same_answer, value
+from ._math_forms import normal_form, plain_signs, same_answer, value
 from ._registry import metric
 from .data_to_text import outputs
 from .predictions import Prediction
 
 _SPOKEN = re.compile(r"\banswer\s+is\s*:?", re.IGNORECASE)
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*")
-_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+"
+_DIGITS = r"(?:\d{1,3}(?:,\d{3})+(?!\d)|\d{1,3}(?: \d{3})+(?![\d/])|\d+)(?:\.\d+)?(?:[eE][-+]?\d{1,3}(?!\w))?|\.\d+"
 _NUMBER = re.compile(rf"(?<![\w.])(?:[-+−]\s?)?[$£€]?\s?(?:{_DIGITS})(?:\s+\d+\s*/\s*\d+|\s*/\s*\d+(?:\.\d+)?)?")
 _LATEX_NUMBER = re.compile(r"[-+]?(?:\d+)?\\[dt]?frac\s*(?:\{[-+]?\d+\}\s*\{\d+\}|\d\d)")
 
@@ -123,7 +123,7 @@ def _boxed(text: str) -> tuple[int, str]:
 
 def _numbers(text: str) -> list[str]:
     """Numbers as they are written, in order: 1,234  -$3.50  3/4  2 1/2  \\frac{1}{2}."""
-    text = text.replace("\\$", "$").replace("{,}", ",").replace("\\,", "").replace("\\!", "")
+    text = plain_signs(text).replace("\\$", "$").replace("{,}", ",").replace("\\,", "").replace("\\!", "")
     found = [(match.start(), match.end(), match[0]) for match in _LATEX_NUMBER.finditer(text)]
     covered = [(start, end) for start, end, _ in found]
     for match in _NUMBER.finditer(text):

@@ -42,7 +42,7 @@ def plain_signs(text: str) -> str:
     """Typeset signs as they are typed: spaces of any width as a space, no joiners, one half as 1/2, 2 and a half as
     2 1/2, the minus sign as a hyphen."""
     text = _UNSEEN.sub("", _WHITE.sub(" ", text.replace("−", "-")))
-    written = []
+    written: list[str] = []
     for sign in text:
         form = unicodedata.normalize("NFKC", sign) if unicodedata.decomposition(sign).startswith("<fraction>") else ""
         if "\u2044" in form and not form.endswith("\u2044"):

@@ -153,6 +153,7 @@ def export_command(args: Namespace) -> None:
     from ._commands.saved import find_adapter, load_adapter
 
     saved, out = find_adapter(args.source, args.model), _new_folder(args.out)
+    saved.check_base("export")
     if saved.num_hypotheses:
         from ..hypotheses import export_hypotheses
 
@@ -182,9 +183,11 @@ def _as_lora(saved: Any, folder: Path, rank: int | None) -> Path:
 
 
 def merge_command(args: Namespace) -> None:
+    from ..compression._quantised_linear import make_dense
     from ._commands.saved import find_adapter, load_adapter, load_tokenizer
 
     saved, out = find_adapter(args.source, args.model), _new_folder(args.out)
+    saved.check_base("merge")
     K, chosen = saved.num_hypotheses, args.hypothesis
     if K is None and chosen is not None:
         raise ConfigError(f"--hypothesis: {saved.method} has no hypotheses")
@@ -193,6 +196,8 @@ def merge_command(args: Namespace) -> None:
     model = load_adapter(saved)
     if K is not None:
         model.base_model.set_hypothesis(chosen or 0)
+    if saved.kind == "lq_lora":
+        make_dense(model)
     merged = model.merge_and_unload(safe_merge=True)
     merged.save_pretrained(str(out))
     try:

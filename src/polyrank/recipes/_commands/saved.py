@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,30 @@ from ...core.errors import CheckpointError, ConfigError
 
 @dataclass(frozen=True)
 class SavedAdapter:
-    """Folder of the adapter; its base model (hub id or folder); PEFT's type; K of a LoRA-MCL adapter, else None."""
+    """Folder of the adapter; its base model (hub id or folder); PEFT's type; K of a LoRA-MCL adapter, else None.
+
+    kind: what the folder is, beyond its type: "lq_lora" (its base is quantised and lies in it), "pat" (its base has
+    modules that cut channels), else "adapter".
+    """
 
     folder: Path
     base: str
     method: str
     num_hypotheses: int | None
+    kind: str = "adapter"
+
+    def check_base(self, command: str) -> None:
+        """Raise ConfigError where what `command` makes is for the named base and the adapter has another."""
+        if self.kind == "lq_lora" and command == "export":
+            raise ConfigError(
+                f"{self.folder} is an LQ-LoRA: its base is quantised and lies in the folder, so there is nothing to"
+                f" export for {self.base!r}; merge folds it into the quantised base"
+            )
+        if self.kind == "pat":
+            raise ConfigError(
+                f"{self.folder} is a PAT model: its base has modules that cut channels, so there is nothing to"
+                f" {command}; the run keeps the small model, merged, in small/"
+            )
 
 
 def adapter_folder(source: str | Path) -> Path:
@@ -54,7 +73,17 @@ def find_adapter(source: str | Path, model: str | None = None) -> SavedAdapter:
         K = config.get("num_hypotheses")
         if not isinstance(K, int) or isinstance(K, bool) or K < 1:
             raise CheckpointError(f"{folder}: num_hypotheses must be a whole number >= 1, got {K!r}")
-    return SavedAdapter(folder, base, method, K)
+    return SavedAdapter(folder, base, method, K, _kind(folder, config))
+
+
+def _kind(folder: Path, config: Mapping[str, Any]) -> str:
+    from ...compression._pat_modules import NAME
+    from ...compression._quantised_linear import FILE
+
+    if str(config.get("peft_type")) == "LORA" and (folder / FILE).is_file():
+        return "lq_lora"
+    modules = config.get("modules_to_save")
+    return "pat" if isinstance(modules, list) and NAME in modules else "adapter"
 
 
 def _model_of_run(folder: Path) -> str | None:
@@ -97,14 +126,46 @@ def load_tokenizer(*places: str | Path) -> Any:
 
 
 def load_adapter(saved: SavedAdapter) -> Any:
-    """The base model with the adapter loaded into it. Raises CheckpointError if it does not fit."""
+    """The base model with the adapter loaded into it, as it was trained.
+
+    Raises: CheckpointError if it does not fit: an error of the loader, a tensor of the folder that has no place in the
+        model, or one of the model's that the folder lacks.
+    """
     from peft import PeftModel
 
+    from ...compression.lq_lora import load_lq_lora
+    from ...compression.pat import load_pat
+
     base = load_base(saved.base)
+    load = {"lq_lora": load_lq_lora, "pat": load_pat}.get(saved.kind, PeftModel.from_pretrained)
     try:
-        return PeftModel.from_pretrained(base, str(saved.folder)).eval()
+        model = load(base, str(saved.folder)).eval()
+        _check_names(model, saved)
+        return model
+    except CheckpointError:
+        raise
     except Exception as error:  # PEFT trusts a configuration: any error of its code can be the folder's fault
         raise CheckpointError(f"{saved.folder} does not fit {saved.base!r}: {_first_line(error)}") from error
+
+
+def _check_names(model: Any, saved: SavedAdapter) -> None:
+    """PEFT leaves out, without a word, what a folder has too much, and warns of what it lacks."""
+    from peft import get_peft_model_state_dict
+    from safetensors import safe_open
+
+    file = saved.folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return
+    with safe_open(file, "pt") as tensors:
+        held = set(tensors.keys())
+    wanted = set(get_peft_model_state_dict(model))
+    for names, text in (
+        (held - wanted, "holds {count} tensors that have no place in {base!r} ({first}, ...)"),
+        (wanted - held, "lacks {count} tensors that {base!r} needs ({first}, ...)"),
+    ):
+        if names:
+            said = text.format(count=len(names), base=saved.base, first=min(names))
+            raise CheckpointError(f"{saved.folder} {said}: it was trained on another base")
 
 
 def _first_line(error: BaseException) -> str:
